@@ -37,13 +37,7 @@ class Instance:
     @property
     def where(self) -> str:
         """How messages name this instance."""
-        return (
-            f"instance {self.id!r}"
-            if self.id
-            else f"an instance of task {self.task!r}"
-            if self.task
-            else "instance"
-        )
+        return f"instance {self.id!r}" if self.id else f"an instance of task {self.task!r}" if self.task else "instance"
 
     def masked_instruction(self, mask_text: str = MASK_TEXT) -> str:
         """The instruction with its key parts masked. Raises ValueError where a key part does not occur."""
@@ -174,9 +168,7 @@ class TaskCollection:
         rows = tuple(rows)
         for row in rows:
             if row.task not in by_name:
-                raise ValueError(
-                    f"row {row.id!r} belongs to unknown task {row.task!r}; add the task or drop the row"
-                )
+                raise ValueError(f"row {row.id!r} belongs to unknown task {row.task!r}; add the task or drop the row")
         return cls(by_name, rows)
 
     def names(self, role: Role | None = None) -> list[str]:
@@ -193,6 +185,4 @@ class TaskCollection:
         if unknown:
             raise ValueError(f"unknown task {unknown[0]!r}; known tasks: {', '.join(self.tasks)}")
         keep = set(names)
-        return TaskCollection(
-            {name: self.tasks[name] for name in names}, tuple(r for r in self.rows if r.task in keep)
-        )
+        return TaskCollection({name: self.tasks[name] for name in names}, tuple(r for r in self.rows if r.task in keep))

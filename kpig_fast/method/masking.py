@@ -12,9 +12,7 @@ Span = tuple[int, int]
 KeyPart = str | Span
 
 
-def find_spans(
-    instruction: str, key_parts: Sequence[KeyPart], *, where: str = "instance"
-) -> tuple[Span, ...]:
+def find_spans(instruction: str, key_parts: Sequence[KeyPart], *, where: str = "instance") -> tuple[Span, ...]:
     """Resolve key parts to sorted, disjoint character spans of ``instruction``.
 
     A text takes its first occurrence that no earlier equal text has taken; an offset pair is taken as it is.
