@@ -1,0 +1,174 @@
+"""Jensen-Shannon divergence between a model and its reference, one a row, without a [N, V] buffer.
+
+    out[n] = JSD(softmax(z[n] / t[n]) ‖ softmax(r[n] / t[n])) in bits
+    z = cap(hidden @ weight.T + bias)      r = cap(ref_hidden @ ref_weight.T + ref_bias)
+
+N rows, D and Dr hidden sizes, V vocabulary, t the temperature of each row. Both directions work on chunks of rows; the
+backward pass forms a chunk's logits again and overwrites them with their gradient.
+The divergence is symmetric, so the gradient by the reference side is the same operator with the sides exchanged.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kpig_fast.ops.head import Head, check_head, chunk_rows, compute_dtype, sweep_rows
+
+LN2 = math.log(2.0)
+
+
+def jsd_sweep(z: Tensor, r: Tensor, temperature: Tensor, out: Tensor, *, gradient: bool) -> None:
+    """Write the divergence of each row of logits ``z``, ``r`` [n, V] to ``out`` [n]; destroys ``z`` and ``r``.
+
+    With ``gradient``, ``z`` becomes d out / d z. With ``a, b`` the log-probabilities and ``d = b - a``:
+    ``log(p/m) = ln 2 + logsigmoid(-d)``, ``log(q/m) = log(p/m) + d``, ``d out/dz = p (log(p/m) - KL_p) / (2 t ln 2)``:
+    finite where both probabilities underflow, and accurate where they nearly agree.
+    """
+    step = sweep_rows(z.shape[1])
+    for start in range(0, len(z), step):
+        rows = slice(start, start + step)
+        t = temperature[rows, None]
+        a, b = z[rows].div_(t), r[rows].div_(t)
+        a -= a.logsumexp(-1, keepdim=True)
+        b -= b.logsumexp(-1, keepdim=True)
+        difference = b - a
+        log_pm = torch.nn.functional.logsigmoid(-difference).add_(LN2)
+        kl_q = difference.add_(log_pm).mul_(b.exp_()).sum(-1)
+        p = a.exp_()
+        kl_p = (p * log_pm).sum(-1)
+        out[rows] = ((kl_p + kl_q) / (2 * LN2)).clamp_(min=0)
+        if gradient:
+            p.mul_(log_pm.sub_(kl_p[:, None])).div_(2 * LN2 * t)
+
+
+@torch.library.custom_op("kpig_fast::linear_jsd", mutates_args=())
+def _linear_jsd(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    dtype = compute_dtype(hidden)
+    head = Head(weight, bias, softcap, logit_scale, dtype)
+    ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, dtype)
+    t = temperature.to(dtype)
+    out = torch.empty_like(t)
+    for start in range(0, len(t), chunk_rows(2 * weight.shape[0])):
+        rows = slice(start, start + chunk_rows(2 * weight.shape[0]))
+        z, r = head.logits(hidden[rows]), ref_head.logits(ref_hidden[rows])
+        jsd_sweep(z, r, t[rows], out[rows], gradient=False)
+    return out
+
+
+@_linear_jsd.register_fake
+def _(hidden, weight, ref_hidden, ref_weight, temperature, bias, ref_bias, softcap, logit_scale):
+    return torch.empty(temperature.shape, dtype=compute_dtype(hidden), device=hidden.device)
+
+
+@torch.library.custom_op("kpig_fast::linear_jsd_backward", mutates_args=())
+def _linear_jsd_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(hidden)
+    head = Head(weight, bias, softcap, logit_scale, dtype, wants_weight=wants_weight, wants_bias=wants_bias)
+    ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, dtype)
+    t = temperature.to(dtype)
+    dhidden = torch.empty_like(hidden)
+    for start in range(0, len(t), chunk_rows(2 * weight.shape[0])):
+        rows = slice(start, start + chunk_rows(2 * weight.shape[0]))
+        z, r = head.logits(hidden[rows]), ref_head.logits(ref_hidden[rows])
+        kept = head.before_overwriting(z)
+        jsd_sweep(z, r, t[rows], torch.empty_like(t[rows]), gradient=True)
+        dhidden[rows] = head.backward(z.mul_(grad[rows, None].to(dtype)), kept, hidden[rows])
+    return dhidden, head.dweight.to(weight.dtype), head.dbias if bias is None else head.dbias.to(bias.dtype)
+
+
+@_linear_jsd_backward.register_fake
+def _(grad, hidden, weight, ref_hidden, ref_weight, t, bias, ref_bias, softcap, scale, wants_weight, wants_bias):
+    dtype = compute_dtype(hidden) if bias is None else bias.dtype
+    dbias = hidden.new_empty(weight.shape[:1] if wants_bias else (0,), dtype=dtype)
+    return torch.empty_like(hidden), weight.new_empty(weight.shape if wants_weight else (0,)), dbias
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, ref_hidden, ref_weight, temperature, bias, ref_bias, ctx.softcap, ctx.logit_scale = inputs
+    ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, temperature, bias, ref_bias)
+
+
+def _backward(ctx, grad):
+    hidden, weight, ref_hidden, ref_weight, t, bias, ref_bias = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+
+    def side(own: tuple, other: tuple, wants_hidden: bool, wants_weight: bool, wants_bias: bool) -> list[Tensor | None]:
+        if not (wants_hidden or wants_weight or wants_bias):
+            return [None, None, None]
+        grads = torch.ops.kpig_fast.linear_jsd_backward(
+            grad, own[0], own[1], other[0], other[1], t, own[2], other[2], ctx.softcap, ctx.logit_scale,
+            wants_weight, wants_bias,
+        )  # fmt: skip
+        return [g if w else None for g, w in zip(grads, (wants_hidden, wants_weight, wants_bias))]
+
+    model, reference = (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
+    dhidden, dweight, dbias = side(model, reference, wants[0], wants[1], wants[5])
+    dref_hidden, dref_weight, dref_bias = side(reference, model, wants[2], wants[3], wants[6])
+    return dhidden, dweight, dref_hidden, dref_weight, None, dbias, dref_bias, None, None
+
+
+_linear_jsd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_jsd(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    ref_hidden: Tensor,  # [N, Dr]
+    ref_weight: Tensor,  # [V, Dr]
+    temperature: Tensor,  # [N]
+    *,
+    bias: Tensor | None = None,  # [V]
+    ref_bias: Tensor | None = None,  # [V]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Base-2 Jensen-Shannon divergence of each row's ``softmax(logits / temperature)`` from the reference's (Eq. 4).
+
+    Gradient to ``hidden``, ``weight`` and ``bias``, and to the reference side where it requires one; none to
+    ``temperature``.
+
+    Args:
+        hidden, weight, bias: [N, D], [V, D], [V] the model's side.
+        ref_hidden, ref_weight, ref_bias: [N, Dr], [V, Dr], [V] the reference's side.
+        temperature: [N] positive, one a row.
+        softcap, logit_scale: as in ``response_logprob``, for both sides.
+
+    Returns:
+        float32 [N] in [0, 1] (float64 for float64 ``hidden``).
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    check_head("linear_jsd", hidden, weight, bias, temperature, "temperature")
+    check_head("linear_jsd (reference side)", ref_hidden, ref_weight, ref_bias, temperature, "temperature")
+    if weight.shape[0] != ref_weight.shape[0]:
+        raise ValueError(
+            f"linear_jsd compares distributions over one vocabulary; got {weight.shape[0]} and {ref_weight.shape[0]}"
+        )
+    return torch.ops.kpig_fast.linear_jsd(
+        hidden, weight, ref_hidden, ref_weight, temperature, bias, ref_bias, softcap, logit_scale
+    )

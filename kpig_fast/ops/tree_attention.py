@@ -1,0 +1,198 @@
+"""Attention on a token tree: every token attends to its ancestors and itself.
+
+    out[h, q] = sum_k softmax_k(cap(scale · q·k))[k] · v[k]      over k with  k <= q < subtree_end[k]
+
+H query heads, Hkv key/value heads (grouped-query), T tokens in depth-first order, d head size.
+Queries are taken in blocks of consecutive tokens. A block sees only the keys whose subtree reaches it: the path from
+the root to its first token, and the block itself. Those keys are gathered once a block, so that time and memory are
+O(T · (depth + block)) instead of O(T²), and the backward pass recomputes a block's probabilities from its log-sum-exp.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _blocks(subtree_end: Tensor, position_ids: Tensor, window: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each query block: its slice, the visible key indices [n], and the hidden pairs as bool [block, n]."""
+    tokens = len(subtree_end)
+    index = torch.arange(tokens, device=subtree_end.device)
+    for start in range(0, tokens, BLOCK):
+        stop = min(start + BLOCK, tokens)
+        reaches = subtree_end[:stop] > start
+        if window is not None:
+            reaches &= position_ids[:stop] > position_ids[start:stop].min() - window
+        keys = reaches.nonzero()[:, 0]
+        query = index[start:stop, None]
+        hidden = (keys > query) | (query >= subtree_end[keys])
+        if window is not None:
+            hidden |= position_ids[start:stop, None] - position_ids[keys] >= window
+        yield slice(start, stop), keys, hidden
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scores [Hkv, group, block, n] with -inf at hidden pairs, and the derivative of the soft-cap if any."""
+    scores = torch.einsum("hgqd,hkd->hgqk", q, k).mul_(scale)
+    slope = None
+    if softcap is not None:
+        ratio = scores.div_(softcap).tanh_()
+        slope = 1 - ratio * ratio
+        scores = ratio * softcap
+    return scores.masked_fill_(hidden, -math.inf), slope
+
+
+@torch.library.custom_op("kpig_fast::tree_attention", mutates_args=())
+def _tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    position_ids: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    heads, tokens, _ = q.shape
+    compute = _compute_dtype(q.dtype)
+    grouped = q.reshape(k.shape[0], -1, tokens, q.shape[-1])
+    out = torch.empty(*grouped.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    lse = torch.empty(grouped.shape[:-1], dtype=compute, device=q.device)
+    for block, keys, hidden in _blocks(subtree_end, position_ids, window):
+        scores, _ = _scores(
+            grouped[:, :, block].to(compute), k.index_select(1, keys).to(compute), scale, softcap, hidden
+        )
+        total = scores.logsumexp(-1)
+        if sinks is not None:
+            total = torch.logaddexp(total, sinks.to(compute).view(k.shape[0], -1, 1))
+        lse[:, :, block] = total
+        weights = scores.sub_(total[..., None]).exp_()
+        out[:, :, block] = torch.einsum("hgqk,hkd->hgqd", weights, v.index_select(1, keys).to(compute)).to(q.dtype)
+    return out.view(heads, tokens, -1), lse.view(heads, tokens)
+
+
+@_tree_attention.register_fake
+def _(q, k, v, subtree_end, position_ids, scale, window, softcap, sinks):
+    lse = torch.empty(q.shape[:2], dtype=_compute_dtype(q.dtype), device=q.device)
+    return torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device), lse
+
+
+@torch.library.custom_op("kpig_fast::tree_attention_backward", mutates_args=())
+def _tree_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    subtree_end: Tensor,
+    position_ids: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    compute = _compute_dtype(q.dtype)
+    kv_heads = k.shape[0]
+
+    def grouped(x: Tensor) -> Tensor:
+        return x.reshape(kv_heads, -1, *x.shape[1:])
+
+    queries, grads, totals = grouped(q), grouped(grad), grouped(lse)
+    delta = grouped((grad.to(compute) * out.to(compute)).sum(-1))
+    dq = torch.empty(queries.shape, dtype=q.dtype, device=q.device)
+    dk = torch.zeros(k.shape, dtype=compute, device=k.device)
+    dv = torch.zeros(v.shape, dtype=compute, device=v.device)
+    for block, keys, hidden in _blocks(subtree_end, position_ids, window):
+        query, upstream = queries[:, :, block].to(compute), grads[:, :, block].to(compute)
+        key, value = k.index_select(1, keys).to(compute), v.index_select(1, keys).to(compute)
+        scores, slope = _scores(query, key, scale, softcap, hidden)
+        weights = scores.sub_(totals[:, :, block, None]).exp_()
+        dv.index_add_(1, keys, torch.einsum("hgqk,hgqd->hkd", weights, upstream))
+        dscores = torch.einsum("hgqd,hkd->hgqk", upstream, value).sub_(delta[:, :, block, None]).mul_(weights)
+        dscores = dscores.mul_(scale) if slope is None else dscores.mul_(slope).mul_(scale)
+        dq[:, :, block] = torch.einsum("hgqk,hkd->hgqd", dscores, key).to(q.dtype)
+        dk.index_add_(1, keys, torch.einsum("hgqk,hgqd->hkd", dscores, query))
+    return dq.view(q.shape), dk.to(k.dtype), dv.to(v.dtype), delta.reshape(lse.shape)
+
+
+@_tree_attention_backward.register_fake
+def _(grad, q, k, v, out, lse, subtree_end, position_ids, scale, window, softcap):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, subtree_end, position_ids, ctx.scale, ctx.window, ctx.softcap, sinks = inputs
+    ctx.save_for_backward(q, k, v, subtree_end, position_ids, sinks, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _grad_lse):
+    q, k, v, subtree_end, position_ids, sinks, out, lse = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 9
+    dq, dk, dv, delta = torch.ops.kpig_fast.tree_attention_backward(
+        grad, q, k, v, out, lse, subtree_end, position_ids, ctx.scale, ctx.window, ctx.softcap
+    )
+    dsinks = None if sinks is None else -((sinks.to(lse)[:, None] - lse).exp() * delta).sum(1).to(sinks.dtype)
+    return dq, dk, dv, None, None, None, None, None, dsinks
+
+
+_tree_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def tree_attention(
+    q: Tensor,  # [H, T, d]
+    k: Tensor,  # [Hkv, T, d]
+    v: Tensor,  # [Hkv, T, d]
+    subtree_end: Tensor,  # [T]
+    position_ids: Tensor,  # [T]
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [H]
+) -> Tensor:
+    """Attention of each token of a tree to its ancestors and itself. Gradient to ``q``, ``k``, ``v`` and ``sinks``.
+
+    Sums are float32 (float64 for float64 inputs) whatever the inputs' dtype.
+
+    Args:
+        q: [H, T, d] queries in depth-first token order.
+        k, v: [Hkv, T, d] keys and values; Hkv divides H.
+        subtree_end: int [T], first flat index after each token's subtree.
+        position_ids: int [T], depth of each token; read only with ``window``.
+        scale: factor on q·k, default ``d ** -0.5``.
+        window: a token sees only ancestors less than this many positions above it.
+        softcap: scores become ``softcap · tanh(score / softcap)``.
+        sinks: [H] one extra logit a head that takes probability and gives nothing.
+
+    Returns:
+        [H, T, d] in the dtype of ``q``.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if q.dim() != 3 or k.dim() != 3 or k.shape[:2] != v.shape[:2] or q.shape[1:] != k.shape[1:]:
+        raise ValueError(f"tree_attention needs q [H, T, d] and k, v [Hkv, T, d] of one tree; got {_shapes(q, k, v)}")
+    if k.shape[0] == 0 or q.shape[0] % k.shape[0]:
+        raise ValueError(f"tree_attention: {q.shape[0]} query heads are no multiple of {k.shape[0]} key/value heads")
+    if subtree_end.shape != q.shape[1:2] or position_ids.shape != q.shape[1:2]:
+        raise ValueError(
+            f"tree_attention: subtree_end and position_ids need shape [{q.shape[1]}]; "
+            f"got {_shapes(subtree_end, position_ids)}"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, _ = torch.ops.kpig_fast.tree_attention(q, k, v, subtree_end, position_ids, scale, window, softcap, sinks)
+    return out
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(list(tensor.shape)) for tensor in tensors)
