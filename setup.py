@@ -1,0 +1,79 @@
+"""Builds the native module with CMake and ninja; everything else about the package stands in pyproject.toml."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def find_compiler() -> str:
+    """Path of the C++ compiler: ``$CXX`` if set, else the first of c++, g++, clang++. SystemExit where there is none."""
+    wanted = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+    found = next(filter(None, map(shutil.which, wanted)), None)
+    if found is None:
+        sys.exit(
+            f"kpig-fast needs a C++20 compiler, but {' / '.join(wanted)} was not found: install one "
+            "(Debian/Ubuntu: apt install g++, Fedora: dnf install gcc-c++, macOS: xcode-select --install) "
+            "or set CXX to the compiler's path."
+        )
+    return found
+
+
+def check_headers() -> None:
+    """SystemExit where the headers of the running Python are missing."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        sys.exit(
+            f"kpig-fast needs the headers of Python, but {header} does not exist: install them "
+            "(Debian/Ubuntu: apt install python3-dev, Fedora: dnf install python3-devel)."
+        )
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake where setuptools would call the compiler."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Configure and build the module into the folder where setuptools expects it."""
+        # Only at this point: a source distribution is made without a compiler, and the build tools come from
+        # build-system.requires.
+        compiler = find_compiler()
+        check_headers()
+        import cmake
+        import ninja
+        import pybind11
+
+        run = Path(cmake.CMAKE_BIN_DIR, "cmake")
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        folder = Path(self.build_temp).resolve()
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_CXX_COMPILER": compiler,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
+            "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR, "ninja"),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run([run, "-S", ROOT, "-B", folder, "-G", "Ninja", *defines], check=True)
+        subprocess.run([run, "--build", folder], check=True)
+
+
+def native_sources() -> list[str]:
+    """What a source distribution must carry to build the module, relative to the project's root."""
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    return ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in files)]
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("kpig_fast._native", native_sources())],
+        cmdclass={"build_ext": CMakeBuild},
+    )
