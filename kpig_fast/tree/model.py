@@ -1,0 +1,133 @@
+"""Running a Hugging Face causal language model on a token tree, without any code of that model.
+
+Inside ``tree_mode(model)`` the model's attention is the tree's, and its ``forward`` takes a tree and a function of the
+hidden states. Body and head both run inside that forward, so that wrappers which act there (DDP, FSDP, mixed
+precision, PEFT) see everything. Afterwards the model is as it was: it generates and answers as before.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kpig_fast.tree.attention import IMPLEMENTATION, tree_arguments
+from kpig_fast.tree.layout import TokenTree
+
+Result = TypeVar("Result")
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot run on a token tree, or has not been shown to."""
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """What turns hidden states into logits: ``cap((hidden @ weight.T + bias) · logit_scale)``.
+
+    ``weight`` [V, D], ``bias`` [V] or None, ``softcap`` as in Gemma 2, ``logit_scale`` as in Cohere and Granite.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def transform(self) -> dict[str, Any]:
+        """The keyword arguments ``softcap`` and ``logit_scale`` of the operators over the vocabulary."""
+        return {"softcap": self.softcap, "logit_scale": self.logit_scale}
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside ``model``, which may carry PEFT adapters.
+
+    Raises:
+        UnsupportedModelError: no causal language model, or adapters that add tokens instead of weights.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if config is not None:
+        if config.is_prompt_learning:
+            raise UnsupportedModelError(
+                f"PEFT method {config.peft_type.value} adds virtual tokens, which a token tree has no place for; "
+                "use adapters of weights such as LoRA"
+            )
+        model = model.get_base_model()  # type: ignore[operator]
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no Hugging Face model with a language-model head; "
+            "load it with AutoModelForCausalLM"
+        )
+    return model
+
+
+def output_head(model: nn.Module) -> OutputHead:
+    """The head of ``model``, with the scale and soft-cap that its config names.
+
+    Raises:
+        UnsupportedModelError: the head is not one plain weight matrix (an adapter on it, or a quantized one).
+    """
+    lm = causal_lm(model)
+    layer = lm.get_output_embeddings()
+    weight = getattr(layer, "weight", None)
+    if hasattr(layer, "base_layer") or weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        raise UnsupportedModelError(
+            f"the head of {lm.config.model_type!r} is a {type(layer).__name__}, not one plain weight matrix; "
+            "leave the head out of the adapter's target_modules and of quantization"
+        )
+    config = lm.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    return OutputHead(
+        weight=weight,
+        bias=getattr(layer, "bias", None),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
+    )
+
+
+@contextmanager
+def tree_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, call the model with :func:`run_tree`; afterwards its own attention and forward are back.
+
+    Raises:
+        UnsupportedModelError: the model's class does not let its attention be chosen.
+    """
+    lm = causal_lm(model)
+    before = lm.config._attn_implementation
+    if before == IMPLEMENTATION:
+        yield
+        return
+    if not lm._can_set_attn_implementation():
+        raise UnsupportedModelError(
+            f"models of type {lm.config.model_type!r} have attention code of their own, which cannot be replaced; "
+            "a token tree needs a model that uses transformers' attention interface"
+        )
+    lm.set_attn_implementation(IMPLEMENTATION)
+    own_forward = lm.__dict__.get("forward")
+    lm.forward = lambda *_, tree, compute, **__: compute(_hidden_states(lm, tree), output_head(lm))
+    try:
+        yield
+    finally:
+        del lm.forward
+        if own_forward is not None:
+            lm.forward = own_forward
+        lm.set_attn_implementation(before)
+
+
+def run_tree(model: nn.Module, tree: TokenTree, compute: Callable[[Tensor, OutputHead], Result]) -> Result:
+    """``compute(hidden [T, D], head)`` inside the model's forward over ``tree``; only inside :func:`tree_mode`."""
+    return model(input_ids=tree.input_ids[None].long(), tree=tree, compute=compute)
+
+
+def _hidden_states(lm: PreTrainedModel, tree: TokenTree) -> Tensor:
+    """[T, D]: the last hidden states, each token having seen its ancestors only."""
+    positions = tree.position_ids[None].long()
+    out = lm.base_model(
+        input_ids=tree.input_ids[None].long(),
+        position_ids=positions,
+        use_cache=False,
+        **tree_arguments(tree.subtree_end, tree.position_ids),
+    )
+    return out.last_hidden_state[0]
