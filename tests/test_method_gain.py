@@ -117,7 +117,13 @@ def test_gain_stays_within_its_bound(row, alpha):
     reached = sum((Fraction(alpha) ** k for k in range(1, len(row) + 1)), Fraction(0))
     # The sum over the tokens there are is the sharper bound; it may be met, and then rounding can step over it.
     assert value <= float(reached) * (1 + (len(row) + 8) * EPS)
-    assert float(reached) <= gain_bound(alpha)
+    assert value <= gain_bound(alpha) * (1 + (len(row) + 8) * EPS)
+
+
+@given(alphas.filter(lambda alpha: alpha < 1))
+def test_gain_bound_is_the_limit_of_all_weights(alpha):
+    exact = Fraction(alpha) / (1 - Fraction(alpha))
+    assert abs(Fraction(gain_bound(alpha)) / exact - 1) <= EPS
 
 
 def test_the_bound_is_reached_by_a_certain_answer_that_masking_makes_impossible():
