@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def gain_bound(alpha: float) -> float:
-    """alpha / (1 - alpha), which |G| stays below; infinite for alpha = 1. Raises ValueError for alpha outside (0, 1]."""
+    """alpha / (1 - alpha), which |G| stays below; infinite for alpha 1. Raises ValueError for alpha outside (0, 1]."""
     _check_alpha(alpha)
     return math.inf if alpha == 1 else alpha / (1 - alpha)
 
