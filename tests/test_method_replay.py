@@ -116,14 +116,11 @@ def test_choose_breaks_ties_by_name_whatever_the_order():
 
 def test_plan_worked_out_by_hand():
     gains = {"high": [0.5, 0.25], "low": [-0.5, 0.25], "middle": [0.125, 0.0], "top": [1.0]}
-    plan = plan_of(gains)
+    plan = plan_of(gains, m=3)
     means = {task: float(sum(map(Fraction, values)) / len(values)) for task, values in gains.items()}
     assert plan.mean_gains == means == {"high": 0.375, "low": -0.125, "middle": 0.0625, "top": 1.0}
-    assert plan.chosen == ("low", "middle")
-    assert plan.replayed == [
-        *draw("low", ROWS, 31, n=2, seed=0, step=3),
-        *draw("middle", ROWS, 31, n=2, seed=0, step=3),
-    ]
+    assert plan.chosen == ("low", "middle", "high")
+    assert plan.replayed == [one for task in plan.chosen for one in draw(task, ROWS, 31, n=2, seed=0, step=3)]
     assert plan.gains == (0.5, 0.25, -0.5, 0.25, 0.125, 0.0, 1.0)
     assert Counter(one.task for one in plan.drawn) == {"high": 2, "low": 2, "middle": 2, "top": 1}
 
