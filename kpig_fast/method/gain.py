@@ -1,4 +1,4 @@
-"""Information gain of the key parts (METHOD: He et al., ACL 2025, Eq. 1-3).
+"""Information gain of the key parts (He et al., ACL 2025, Eq. 1-3).
 
     Info(y | x) = sum over k = 1..K of alpha^k p(t_k)        G = Info(y | complete) - Info(y | masked)
 

@@ -1,4 +1,4 @@
-"""Key parts of an instruction and the masked instruction (METHOD: key parts and masking).
+"""Key parts of an instruction and the masked instruction (He et al., ACL 2025).
 
 A key part is a span of the instruction. Each one, after overlapping spans have been merged, becomes one literal
 mask text. Spans are half-open character ranges ``(start, end)``.

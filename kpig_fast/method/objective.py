@@ -1,4 +1,4 @@
-"""The training objective (METHOD: He et al., ACL 2025, Eq. 4-5), as its plain statement.
+"""The training objective (He et al., ACL 2025, Eq. 4-5), as its plain statement.
 
     L = CE(complete instance) + lambda JSD(softmax(z_student / beta) || softmax(z_teacher / beta))
     beta = 2 - min(G, 1)

@@ -1,4 +1,4 @@
-"""Dynamic replay (METHOD): the earlier tasks whose key parts tell the model least are trained again.
+"""Dynamic replay (He et al., ACL 2025): the earlier tasks whose key parts tell the model least are trained again.
 
 Once per time step: ``draw`` instances of every earlier task, measure their gains with the model of the step before,
 and ``make_plan`` chooses the tasks. Drawing ranks rows by a hash of (seed, step, task, row id) instead of using a
