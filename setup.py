@@ -14,17 +14,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
-def find_compiler() -> str:
-    """Path of the C++ compiler: ``$CXX`` if set, else the first of c++, g++, clang++. SystemExit where there is none."""
+def check_compiler() -> None:
+    """SystemExit where CMake would find no C++ compiler: neither ``$CXX`` nor c++, g++ or clang++."""
     wanted = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
-    found = next(filter(None, map(shutil.which, wanted)), None)
-    if found is None:
+    if not any(map(shutil.which, wanted)):
         sys.exit(
-            f"kpig-fast needs a C++20 compiler, but {' / '.join(wanted)} was not found: install one "
+            f"kpig-fast needs a C++20 compiler, but found no {' or '.join(wanted)}: install one "
             "(Debian/Ubuntu: apt install g++, Fedora: dnf install gcc-c++, macOS: xcode-select --install) "
-            "or set CXX to the compiler's path."
+            "or set CXX to the path of one."
         )
-    return found
 
 
 def check_headers() -> None:
@@ -42,10 +40,9 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Configure and build the module into the folder where setuptools expects it."""
-        # Only at this point: a source distribution is made without a compiler, and the build tools come from
-        # build-system.requires.
-        compiler = find_compiler()
+        check_compiler()
         check_headers()
+        # The tools of build-system.requires; a source distribution is made without them.
         import cmake
         import ninja
         import pybind11
@@ -55,7 +52,6 @@ class CMakeBuild(build_ext):
         folder = Path(self.build_temp).resolve()
         options = {
             "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_CXX_COMPILER": compiler,
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
             "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR, "ninja"),
             "Python_EXECUTABLE": sys.executable,

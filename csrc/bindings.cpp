@@ -58,7 +58,7 @@ py::list pack_forests(const py::array& tokens, const py::array& offsets, const p
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Native code of kpig_fast; kpig_fast.tree.layout wraps it.";
-  module.def("pack_forests", &pack_forests, py::arg("tokens"), py::arg("offsets"), py::arg("response_start"), py::kw_only(),
-             py::arg("max_tokens"),
+  module.def("pack_forests", &pack_forests, py::arg("tokens"), py::arg("offsets"), py::arg("response_start"),
+             py::kw_only(), py::arg("max_tokens"),
              "Token sequences -> list of (input_ids, position_ids, subtree_end, sequences, rows, row_offsets).");
 }

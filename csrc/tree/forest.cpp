@@ -1,7 +1,5 @@
 #include "tree/forest.h"
 
-#include <algorithm>
-#include <limits>
 #include <numeric>
 #include <span>
 #include <stdexcept>
@@ -46,12 +44,13 @@ Forest lay_out(const Sequences& sequences, std::span<const Place> run) {
 }  // namespace
 
 std::vector<Forest> pack(const Sequences& sequences, std::int64_t max_tokens) {
-  if (max_tokens < 1) {
-    throw std::invalid_argument("max_tokens = " + std::to_string(max_tokens) + "; a tree needs at least 1 token");
+  if (max_tokens < 1 || max_tokens > kMaxRows) {
+    throw std::invalid_argument("max_tokens = " + std::to_string(max_tokens) + "; give a tree between 1 and " +
+                                std::to_string(kMaxRows) + " tokens");
   }
   check(sequences);
   const auto order = depth_first_order(sequences);
-  const auto cuts = cut(order, std::min<std::int64_t>(max_tokens, std::numeric_limits<std::int32_t>::max()));
+  const auto cuts = cut(order, max_tokens);
   std::vector<Forest> forests;
   for (std::size_t run = 0; run + 1 < cuts.size(); ++run) {
     forests.push_back(lay_out(sequences, std::span(order).subspan(cuts[run], cuts[run + 1] - cuts[run])));

@@ -17,7 +17,7 @@ struct Forest {
 };
 
 // Lays out every sequence that has a response in exactly one forest, cut as `cut` says. Throws std::invalid_argument
-// where `check` does and for max_tokens < 1.
+// where `check` does and for max_tokens outside 1 ... kMaxRows.
 std::vector<Forest> pack(const Sequences& sequences, std::int64_t max_tokens);
 
 }  // namespace kpig::tree

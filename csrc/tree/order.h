@@ -8,7 +8,7 @@
 
 namespace kpig::tree {
 
-// A place in the order: a sequence, what it needs laid out, and how many leading tokens it shares with the place before.
+// A place in the order: a sequence, what it needs laid out, and how many leading tokens the place before shares.
 struct Place {
   std::int64_t sequence;
   Tokens laid_out;

@@ -2,9 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <span>
 
 namespace kpig::tree {
+
+// Rows of a tree are numbered in int32.
+inline constexpr std::int64_t kMaxRows = std::numeric_limits<std::int32_t>::max();
 
 using Tokens = std::span<const std::int32_t>;
 

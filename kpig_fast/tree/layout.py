@@ -5,7 +5,9 @@ A sequence is a prompt followed by a response. The response token at index j is 
 j - 1, so a sequence's last token needs no row, and a sequence with an empty response needs none at all.
 """
 
+from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from kpig_fast import _native
 
-MAX_ROWS = 2**31 - 1
+INT32_MAX = 2**31 - 1
 
 _NO_TOKENS = np.empty(0, np.int32)
 
@@ -71,7 +73,7 @@ def pack(
 
     Raises:
         ValueError: a token id is negative, beyond int32 or no integer; the lengths of the arguments differ; a response
-            starts outside its sequence or at its first token; ``max_tokens`` < 1.
+            starts outside its sequence or at its first token; ``max_tokens`` lies outside 1 ... 2^31 - 1.
     """
     tokens, offsets = _flatten(sequences)
     starts = _vector(response_start, "response_start").astype(np.int64)
@@ -85,9 +87,9 @@ def build(sequences: Sequence[Sequence[int] | NDArray[np.integer]], response_sta
     Raises:
         ValueError: as :func:`pack`, or the tree would pass 2^31 - 1 rows.
     """
-    trees = pack(sequences, response_start, max_tokens=MAX_ROWS)
+    trees = pack(sequences, response_start, max_tokens=INT32_MAX)
     if len(trees) > 1:
-        raise ValueError(f"{len(sequences)} sequences need more than {MAX_ROWS} rows in one tree; use pack instead")
+        raise ValueError(f"{len(sequences)} sequences need more than {INT32_MAX} rows in one tree; use pack instead")
     return trees[0] if trees else _empty()
 
 
@@ -102,16 +104,20 @@ def _flatten(sequences: Sequence[Sequence[int] | NDArray[np.integer]]) -> tuple[
     offsets = np.zeros(len(parts) + 1, np.int64)
     np.cumsum([len(part) for part in parts], out=offsets[1:])
     tokens = np.concatenate([_NO_TOKENS, *parts])
-    beyond = np.flatnonzero((tokens < 0) | (tokens > MAX_ROWS))
-    if beyond.size:
-        i = np.searchsorted(offsets, beyond[0], side="right") - 1
-        raise ValueError(f"sequence {i} has token id {tokens[beyond[0]]}; token ids lie in 0 ... {MAX_ROWS}")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() <= INT32_MAX:
+        at = np.flatnonzero((tokens < 0) | (tokens > INT32_MAX))[0]
+        i = np.searchsorted(offsets, at, side="right") - 1
+        raise ValueError(f"sequence {i} has token id {tokens[at]}; token ids lie in 0 ... {INT32_MAX}")
     return tokens.astype(np.int32, copy=False), offsets
 
 
 def _vector(values: Sequence[int] | NDArray[np.integer], name: str) -> NDArray[np.integer]:
+    if isinstance(values, list):
+        # Several times faster than numpy on lists, which it would first search for a type; what fails is named below.
+        with suppress(TypeError, OverflowError):
+            return np.asarray(array("I", values))
     vector = np.asarray(values)
     if vector.ndim != 1 or (vector.size and vector.dtype.kind not in "iu"):
         raise ValueError(f"{name} has shape {vector.shape} and type {vector.dtype}; give one-dimensional integers")
-    # numpy takes an empty list for float64.
+    # numpy takes an empty tuple for float64.
     return vector if vector.size else _NO_TOKENS
