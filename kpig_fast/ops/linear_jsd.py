@@ -21,9 +21,9 @@ LN2 = math.log(2.0)
 def jsd_sweep(z: Tensor, r: Tensor, temperature: Tensor, out: Tensor, *, gradient: bool) -> None:
     """Write the divergence of each row of logits ``z``, ``r`` [n, V] to ``out`` [n]; destroys ``z`` and ``r``.
 
-    With ``gradient``, ``z`` becomes d out / d z. With ``a, b`` the log-probabilities and ``d = b - a``:
-    ``log(p/m) = ln 2 + logsigmoid(-d)``, ``log(q/m) = log(p/m) + d``, ``d out/dz = p (log(p/m) - KL_p) / (2 t ln 2)``:
-    finite where both probabilities underflow, and accurate where they nearly agree.
+    With ``gradient``, ``z`` becomes d out / d z. With ``a, b`` the log-probabilities of p, q and m their mean:
+    ``log(p/m) = ln 2 + logsigmoid(a - b)``, ``log(q/m) = ln 2 + logsigmoid(b - a)``, and
+    ``d out/dz = p (log(p/m) - KL_p) / (2 t ln 2)``: finite where both probabilities underflow.
     """
     step = sweep_rows(z.shape[1])
     for start in range(0, len(z), step):
@@ -32,9 +32,10 @@ def jsd_sweep(z: Tensor, r: Tensor, temperature: Tensor, out: Tensor, *, gradien
         a, b = z[rows].div_(t), r[rows].div_(t)
         a -= a.logsumexp(-1, keepdim=True)
         b -= b.logsumexp(-1, keepdim=True)
-        difference = b - a
-        log_pm = torch.nn.functional.logsigmoid(-difference).add_(LN2)
-        kl_q = difference.add_(log_pm).mul_(b.exp_()).sum(-1)
+        difference = a - b
+        log_pm = torch.nn.functional.logsigmoid(difference).add_(LN2)
+        log_qm = torch.nn.functional.logsigmoid(difference.neg_()).add_(LN2)
+        kl_q = log_qm.mul_(b.exp_()).sum(-1)
         p = a.exp_()
         kl_p = (p * log_pm).sum(-1)
         out[rows] = ((kl_p + kl_q) / (2 * LN2)).clamp_(min=0)

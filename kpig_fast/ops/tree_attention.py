@@ -38,9 +38,9 @@ def _blocks(subtree_end: Tensor, position_ids: Tensor, window: int | None) -> It
         yield slice(start, stop), keys, hidden
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scores [Hkv, group, block, n] with -inf at hidden pairs, and the derivative of the soft-cap if any."""
-    scores = torch.einsum("hgqd,hkd->hgqk", q, k).mul_(scale)
+def _scores(q: Tensor, k: Tensor, softcap: float | None, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scores [Hkv, group, block, n] of scaled queries, -inf at hidden pairs; the derivative of the soft-cap if any."""
+    scores = torch.matmul(q.flatten(1, 2), k.transpose(1, 2)).view(*q.shape[:3], k.shape[1])
     slope = None
     if softcap is not None:
         ratio = scores.div_(softcap).tanh_()
@@ -67,15 +67,16 @@ def _tree_attention(
     out = torch.empty(*grouped.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(grouped.shape[:-1], dtype=compute, device=q.device)
     for block, keys, hidden in _blocks(subtree_end, position_ids, window):
-        scores, _ = _scores(
-            grouped[:, :, block].to(compute), k.index_select(1, keys).to(compute), scale, softcap, hidden
-        )
-        total = scores.logsumexp(-1)
+        query = grouped[:, :, block].to(compute) * scale
+        scores, _ = _scores(query, k.index_select(1, keys).to(compute), softcap, hidden)
+        top = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
         if sinks is not None:
-            total = torch.logaddexp(total, sinks.to(compute).view(k.shape[0], -1, 1))
-        lse[:, :, block] = total
-        weights = scores.sub_(total[..., None]).exp_()
-        out[:, :, block] = torch.einsum("hgqk,hkd->hgqd", weights, v.index_select(1, keys).to(compute)).to(q.dtype)
+            total += (sinks.to(compute).view(k.shape[0], -1, 1, 1) - top).exp_()
+        lse[:, :, block] = total.log().add_(top)[..., 0]
+        mixed = torch.matmul(weights.flatten(1, 2), v.index_select(1, keys).to(compute))
+        out[:, :, block] = mixed.view(*query.shape[:3], -1).div_(total)
     return out.view(heads, tokens, -1), lse.view(heads, tokens)
 
 
@@ -111,15 +112,19 @@ def _tree_attention_backward(
     dk = torch.zeros(k.shape, dtype=compute, device=k.device)
     dv = torch.zeros(v.shape, dtype=compute, device=v.device)
     for block, keys, hidden in _blocks(subtree_end, position_ids, window):
-        query, upstream = queries[:, :, block].to(compute), grads[:, :, block].to(compute)
+        query, upstream = queries[:, :, block].to(compute) * scale, grads[:, :, block].to(compute)
         key, value = k.index_select(1, keys).to(compute), v.index_select(1, keys).to(compute)
-        scores, slope = _scores(query, key, scale, softcap, hidden)
+        scores, slope = _scores(query, key, softcap, hidden)
         weights = scores.sub_(totals[:, :, block, None]).exp_()
-        dv.index_add_(1, keys, torch.einsum("hgqk,hgqd->hkd", weights, upstream))
-        dscores = torch.einsum("hgqd,hkd->hgqk", upstream, value).sub_(delta[:, :, block, None]).mul_(weights)
-        dscores = dscores.mul_(scale) if slope is None else dscores.mul_(slope).mul_(scale)
-        dq[:, :, block] = torch.einsum("hgqk,hkd->hgqd", dscores, key).to(q.dtype)
-        dk.index_add_(1, keys, torch.einsum("hgqk,hgqd->hkd", dscores, query))
+        flat = upstream.flatten(1, 2)
+        dv.index_add_(1, keys, torch.matmul(weights.flatten(1, 2).transpose(1, 2), flat))
+        dscores = torch.matmul(flat, value.transpose(1, 2)).view_as(weights)
+        dscores.sub_(delta[:, :, block, None]).mul_(weights)
+        if slope is not None:
+            dscores.mul_(slope)
+        dscores = dscores.flatten(1, 2)
+        dq[:, :, block] = torch.matmul(dscores, key).mul_(scale).view_as(query)
+        dk.index_add_(1, keys, torch.matmul(dscores.transpose(1, 2), query.flatten(1, 2)))
     return dq.view(q.shape), dk.to(k.dtype), dv.to(v.dtype), delta.reshape(lse.shape)
 
 
