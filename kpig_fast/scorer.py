@@ -54,7 +54,7 @@ class GainScores:
 
 
 class KeyPartScorer:
-    """Measures how much the key parts of an instruction help a model to its right answer (He et al., ACL 2025, Eq. 1-3).
+    """Measures how much the key parts of an instruction help a model to its answer (He et al., ACL 2025, Eq. 1-3).
 
     Both instructions of all instances are laid out as token trees, so that what they share is computed once.
 
