@@ -1,0 +1,155 @@
+"""Evaluation of a model on a collection of tasks: ask, keep the answers, score them."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter, ValidationError
+
+from kpig_fast.data.files import write_lines
+from kpig_fast.data.schema import Row, Split, Task, TaskCollection
+from kpig_fast.evaluation.metrics import score
+from kpig_fast.evaluation.tables import EvaluationResult, TaskResult
+from kpig_fast.evaluation.violations import Violation, violations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kpig_fast.data.encoding import PromptEncoder
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered question.
+
+    Args:
+        task: name of the task.
+        id: id of the row.
+        prompt: what the model was shown, as text.
+        context: the context of the row.
+        answer: what the model said.
+        references: the right answers.
+    """
+
+    task: str
+    id: str
+    prompt: str
+    context: str
+    answer: str
+    references: tuple[str, ...]
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    collection: TaskCollection,
+    *,
+    encoder: "PromptEncoder",
+    tasks: Sequence[str] | None = None,
+    split: Split = "test",
+    limit: int | None = None,
+    max_new_tokens: int = 32,
+    batch_tokens: int = 8192,
+    demonstrations: int = 2,
+    stop_at_newline: bool = False,
+    progress: bool = False,
+    predictions_path: Path | None = None,
+) -> EvaluationResult:
+    """Ask ``model`` the questions of every task and score its answers.
+
+    Every question is asked with the first wording of its task; held-out tasks are shown worked examples before it.
+
+    Args:
+        model: a Hugging Face causal language model, or one under PEFT.
+        tokenizer: its tokenizer.
+        collection: tasks and rows.
+        encoder: makes the prompts.
+        tasks: names of the tasks to ask; all of them by default.
+        split: which rows to ask.
+        limit: the most rows of a task, from its first on.
+        max_new_tokens, batch_tokens, stop_at_newline, progress: as for ``generate_answers``.
+        demonstrations: the most worked examples before a question of a held-out task.
+        predictions_path: JSONL file for the answers; ``read_predictions`` reads it.
+
+    Raises:
+        ValueError: an unknown task, a task without rows in ``split``, or what ``generate_answers`` refuses.
+    """
+    # Scoring stored answers needs no torch.
+    from kpig_fast.evaluation.generation import generate_answers
+
+    chosen = collection if tasks is None else collection.select(tasks)
+    asked = [(task, row) for task in chosen.tasks.values() for row in _rows(chosen, task, split, limit)]
+    prompts = [_prompt(encoder, task, row, demonstrations) for task, row in asked]
+    answers = generate_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+        names=[f"row {row.id!r} of task {row.task!r}" for _, row in asked],
+        end_ids=() if encoder.end_id is None else (encoder.end_id,),
+        stop_at_newline=stop_at_newline,
+        progress=progress,
+    )
+    predictions = [
+        Prediction(row.task, row.id, text, row.context, answer, row.outputs)
+        for (_, row), text, answer in zip(asked, tokenizer.batch_decode(prompts), answers, strict=True)
+    ]
+    if predictions_path is not None:
+        write_predictions(predictions, predictions_path)
+    return score_predictions(predictions, collection)
+
+
+def score_predictions(predictions: Iterable[Prediction], collection: TaskCollection) -> EvaluationResult:
+    """Score answers again without the model, by the metrics and constraints that ``collection`` has now.
+
+    Tasks come in the order of their first answer. Raises ValueError for an answer of an unknown task.
+    """
+    by_task: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        by_task.setdefault(prediction.task, []).append(prediction)
+    known = collection.select(list(by_task)).tasks
+    return EvaluationResult([_result(task, by_task[name]) for name, task in known.items()])
+
+
+def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
+    """Write predictions as JSONL; the file appears whole or not at all."""
+    write_lines(path, (json.dumps(asdict(prediction), ensure_ascii=False) for prediction in predictions))
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Read what ``write_predictions`` wrote. Raises ValueError naming the file and line of a broken row."""
+    adapter = TypeAdapter(Prediction)
+    predictions = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                predictions.append(adapter.validate_json(line))
+            except ValidationError as error:
+                raise ValueError(f"{path}:{number}: no prediction: {error}") from error
+    return predictions
+
+
+def _rows(collection: TaskCollection, task: Task, split: Split, limit: int | None) -> list[Row]:
+    rows = collection.of_task(task.task, split)[:limit]
+    if not rows:
+        raise ValueError(
+            f"task {task.task!r} has no rows to ask in split {split!r}; "
+            "add rows, choose another split or name the tasks to ask"
+        )
+    return rows
+
+
+def _prompt(encoder: "PromptEncoder", task: Task, row: Row, demonstrations: int) -> list[int]:
+    shown = task.demonstrations[:demonstrations] if task.role == "held_out" else ()
+    return encoder.prompt(task.instructions[0].text, row.context, shown)
+
+
+def _result(task: Task, predictions: list[Prediction]) -> TaskResult:
+    answers = [prediction.answer for prediction in predictions]
+    p = score(task.metric, answers, [prediction.references for prediction in predictions])
+    found = [violations(task.constraints, prediction.answer, prediction.context) for prediction in predictions]
+    rates: dict[Violation, float] = {name: 100 * sum(one[name] for one in found) / len(found) for name in found[0]}
+    return TaskResult(task.task, task.role, task.category, task.metric, p, rates, len(answers))
