@@ -57,7 +57,7 @@ class PoolInstruction(_Strict):
 
     @model_validator(mode="after")
     def _key_parts_occur(self) -> "PoolInstruction":
-        find_spans(self.text, self.key_parts, where="instruction")
+        find_spans(self.text, self.key_parts, where="key_parts")
         return self
 
 
