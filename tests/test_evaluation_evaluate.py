@@ -31,7 +31,7 @@ def task(name: str, text: str, **fields) -> Task:
 SHOWN = tuple(Demonstration(context=c, output=o) for c, o in (("r", "R"), ("s", "S"), ("t", "T")))
 COLLECTION = TaskCollection.of(
     [
-        task("copy", "Copy.", category="c1", constraints=Constraints(labels=("x", "y"))),
+        task("copy", "Copy.", category="c1", constraints=Constraints(labels=("x", "y")), demonstrations=SHOWN),
         task("shout", "Shout.", role="held_out", constraints=Constraints(spans_of_context=True), demonstrations=SHOWN),
         task("judge", "Tell.", metric="gpt", constraints=Constraints(max_words=1)),
     ],
@@ -48,9 +48,10 @@ COLLECTION = TaskCollection.of(
 SAID = {"1": "x", "2": "x", "3": "zz", "5": "P", "6": "two words"}
 
 
-def prompt_of(row: Row, demonstrations: int = 2) -> list[int]:
+def prompt_of(row: Row) -> list[int]:
     task = COLLECTION.tasks[row.task]
-    return ENCODER.prompt(task.instructions[0].text, row.context, task.demonstrations[:demonstrations])
+    shown = task.demonstrations[:2] if task.role == "held_out" else ()
+    return ENCODER.prompt(task.instructions[0].text, row.context, shown)
 
 
 @pytest.fixture(scope="module")

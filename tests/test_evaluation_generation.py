@@ -129,10 +129,14 @@ def test_sampling_settings_of_the_model_neither_change_answers_nor_warn(prompts,
     assert before.repetition_penalty == 5.0
 
 
-def test_a_model_saved_with_the_cache_off_still_answers(prompts):
+def test_the_cache_is_used_even_if_training_switched_it_off(prompts):
     model = small_model()
     model.config.use_cache = False
-    assert answer(model, prompts[:3]) == [argmax_text(model, prompt) for prompt in prompts[:3]]
+    widths = []
+    model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
+    answers = answer(model, prompts[1:2])
+    assert widths == [len(prompts[1])] + [1] * (NEW - 1)
+    assert answers == [argmax_text(model, prompts[1])]
     assert model.config.use_cache is False
 
 

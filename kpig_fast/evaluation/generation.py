@@ -56,7 +56,6 @@ def generate_answers(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         eos_token_id=sorted(ends) or None,
-        use_cache=True,
     )
     answers = [""] * len(prompts)
     with (
