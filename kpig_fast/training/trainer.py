@@ -32,6 +32,7 @@ class KPIGTrainer(Trainer):
         args: a ``KPIGConfig``.
         train_dataset: instances, or rows in any form that ``as_instance`` takes.
         processing_class: the model's tokenizer.
+        progress: show bars of the pre-pass; default: unless ``args.disable_tqdm``.
         kwargs: everything else that ``transformers.Trainer`` takes.
 
     Raises:
@@ -47,6 +48,8 @@ class KPIGTrainer(Trainer):
         args: KPIGConfig,
         train_dataset: Sequence[Instance | Mapping[str, Any]],
         processing_class: PreTrainedTokenizerBase,
+        *,
+        progress: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -69,7 +72,8 @@ class KPIGTrainer(Trainer):
             end_of_sequence=args.end_of_sequence,
         )
         instances = [as_instance(row) for row in train_dataset]
-        self.pairs = self.scorer.encoder.encode_all(instances, progress=not args.disable_tqdm)
+        self.progress = not args.disable_tqdm if progress is None else progress
+        self.pairs = self.scorer.encoder.encode_all(instances, progress=self.progress)
         wordings: dict[str, int] = {}
         self.groups = [wordings.setdefault(i.instruction, len(wordings)) for i in instances]
         self.teacher: Teacher | None = None
@@ -77,9 +81,9 @@ class KPIGTrainer(Trainer):
 
     def prepare_teacher(self) -> Teacher:
         """The pre-pass of the model as it is now; an equal one in ``output_dir`` is used again."""
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        return make_teacher(folder / TEACHER_FILE, self.scorer, self.pairs, progress=not self.args.disable_tqdm)
+        return make_teacher(folder / TEACHER_FILE, self.scorer, self.pairs, progress=self.progress)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Make the teacher (unless ``lam`` is 0), then train as ``transformers.Trainer.train`` does."""

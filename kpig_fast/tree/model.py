@@ -95,7 +95,7 @@ def tree_mode(model: nn.Module) -> Iterator[None]:
         UnsupportedModelError: the model's class does not let its attention be chosen.
     """
     lm = causal_lm(model)
-    before = lm.config._attn_implementation
+    before = str(lm.config._attn_implementation)
     if before == IMPLEMENTATION:
         yield
         return

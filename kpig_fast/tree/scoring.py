@@ -72,7 +72,7 @@ def score_branches(
     model.eval()
     try:
         with torch.no_grad(), tree_mode(model), tqdm(
-            total=len(branches), desc=progress, unit="branch", disable=progress is None
+            total=len(branches), desc=progress, unit="branch", leave=None, disable=progress is None
         ) as bar:  # fmt: skip
             todo = list(range(len(branches)))
             while todo:

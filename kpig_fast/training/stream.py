@@ -1,0 +1,328 @@
+"""The continual run: time steps one after another, each planned, trained, evaluated and kept.
+
+Every step has a folder: ``plan.json`` (all that it decided), ``trainer/`` (the Trainer's output and the teacher),
+``model/``, ``predictions.jsonl``, ``metrics.json`` and, last, ``COMPLETE``. A run that was stopped goes on behind its
+last complete step; a plan that was written is read again, never made again.
+"""
+
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    set_seed,
+)
+
+from kpig_fast.data.encoding import PromptEncoder
+from kpig_fast.data.files import write_lines
+from kpig_fast.data.lengths import check_collection_lengths
+from kpig_fast.data.schema import Instance, Row, TaskCollection, make_instance
+from kpig_fast.evaluation.evaluate import evaluate
+from kpig_fast.evaluation.runs import UNTRAINED, StepMetrics, is_complete, mark_complete, step_folder, write_metrics
+from kpig_fast.method.replay import Draw, ReplayPlan, assign_instructions, draw
+from kpig_fast.scorer import KeyPartScorer
+from kpig_fast.teacher import model_hash
+from kpig_fast.training.config import KPIGConfig
+from kpig_fast.training.data import load_data
+from kpig_fast.training.progress import StepProgress
+from kpig_fast.training.run_config import RunConfig, dump_run_config
+from kpig_fast.training.strategies import STRATEGIES, PlanRequest
+from kpig_fast.training.trainer import TEACHER_FILE, KPIGTrainer
+
+CONFIG_FILE, PLAN_FILE, PREDICTIONS_FILE = "config.yaml", "plan.json", "predictions.jsonl"
+MODEL_FOLDER, TRAINER_FOLDER = "model", "trainer"
+
+
+def make_steps(collection: TaskCollection, config: RunConfig) -> list[list[str]]:
+    """The seen tasks of every time step.
+
+    Raises:
+        ValueError: ``stream.order`` names an unknown task or category, or one twice; a task has no training rows.
+    """
+    seen = collection.names("seen")
+    groups: dict[str, list[str]] = {}
+    for name in seen:
+        groups.setdefault(name if config.stream.by == "task" else collection.tasks[name].category, []).append(name)
+    order = list(config.stream.order or groups)
+    unknown = [name for name in order if name not in groups]
+    if unknown:
+        raise ValueError(
+            f"stream.order names {unknown[0]!r}, which is no {config.stream.by} to train; known: {', '.join(groups)}"
+        )
+    if len(set(order)) < len(order):
+        raise ValueError("stream.order names a step twice; a task is learnt once")
+    if config.stream.order is None:
+        random.Random(config.seed).shuffle(order)
+    steps = [groups[name] for name in order[: config.stream.steps]]
+    empty = [name for step in steps for name in step if not collection.of_task(name, "train")]
+    if empty:
+        raise ValueError(f"task {empty[0]!r} is in the stream but has no training rows; add rows or leave it out")
+    return [[name for step in steps for name in step]] if STRATEGIES[config.strategy].joint else steps
+
+
+@dataclass
+class Stream:
+    """One run. ``run`` goes through the steps; everything else is a part of one.
+
+    Args:
+        config: the whole run.
+        collection: tasks and rows.
+        steps: task names of every step.
+        model, tokenizer: the model as it is now, M_{t-1} before step t.
+        progress: show progress bars and print one line a step.
+    """
+
+    config: RunConfig
+    collection: TaskCollection
+    steps: list[list[str]]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    progress: bool = True
+
+    @classmethod
+    def open(cls, config: RunConfig, *, progress: bool = True) -> "Stream":
+        """Check everything that can be checked before training, and load the model of the last complete step.
+
+        Raises:
+            ValueError: the output folder belongs to another config, the data is bad, or the stream names what is not
+                there.
+        """
+        run = config.output_dir
+        claim_folder(run, dump_run_config(config))
+        tokenizer = AutoTokenizer.from_pretrained(model_source(config))
+        collection, report = load_data(config.data, progress=progress)
+        steps = make_steps(collection, config)
+        done = sum(is_complete(step_folder(run, i)) for i in range(len(steps)))
+        source = step_folder(run, done - 1) / MODEL_FOLDER if done else model_source(config)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=config.dtype)
+        stream = cls(config, collection, steps, model, tokenizer, progress)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None:
+            stream.collection = check_collection_lengths(
+                collection, stream.encoder, limit, report, strict=config.data.strict
+            )
+        stream.say(str(report))
+        write_lines(run / "data_report.txt", [str(report)])
+        return stream
+
+    def run(self) -> None:
+        """Evaluate the untrained model, then take every step that is not complete."""
+        untrained = step_folder(self.config.output_dir, UNTRAINED)
+        if self.config.evaluation.untrained and not is_complete(untrained) and not self._n_complete():
+            self._evaluate(UNTRAINED, [], {})
+        for step in tqdm(range(self._n_complete(), len(self.steps)), desc="steps", disable=not self.progress):
+            self.take_step(step)
+
+    def take_step(self, step: int) -> None:
+        """Plan, train, evaluate and keep one time step."""
+        started = time.perf_counter()
+        folder = step_folder(self.config.output_dir, step)
+        set_seed(self.config.seed + step)
+        plan = self.plan(step)
+        planned = time.perf_counter()
+        args = self.arguments(folder / TRAINER_FOLDER, step)
+        instances = self.instances(step, plan)
+        trainer = KPIGTrainer(self.model, args, instances, self.tokenizer, progress=self.progress)
+        trainer.remove_callback(PrinterCallback)
+        if self.progress:
+            trainer.add_callback(StepProgress(f"step {step + 1}/{len(self.steps)}"))
+        result = trainer.train()
+        trained = time.perf_counter()
+        self._save_model(folder)
+        (folder / TRAINER_FOLDER / TEACHER_FILE).unlink(missing_ok=True)
+        training = {
+            "loss": result.training_loss,
+            "instances": len(instances),
+            "replayed_instances": len(plan.replayed),
+            "plan_seconds": planned - started,
+            "train_seconds": trained - planned,
+            "seconds": trained - started,
+        }
+        if trainer.teacher is not None:
+            training["mean_gain"] = float(trainer.teacher.gain.mean())
+        self._evaluate(step, list(plan.chosen), training)
+
+    def plan(self, step: int) -> ReplayPlan:
+        """The plan of a step: read where it was written, else made with M_{t-1} and written."""
+        path = step_folder(self.config.output_dir, step) / PLAN_FILE
+        if path.exists():
+            return ReplayPlan.from_json(path.read_text("utf-8"))
+        replay, arguments = self.config.replay, self.arguments(path.parent / TRAINER_FOLDER, step)
+        request = PlanRequest(
+            step=step,
+            seed=self.config.seed,
+            alpha=arguments.alpha,
+            n_replay_tasks=replay.tasks,
+            n_per_task=replay.instances,
+            model_hash=model_hash(self.model),
+            earlier=tuple(name for names in self.steps[:step] for name in names),
+            draw=lambda task: self._draw(task, step),
+            measure=lambda drawn: self.measure([self._drawn_instance(one) for one in drawn]),
+        )
+        plan = STRATEGIES[self.config.strategy].plan(request)
+        write_lines(path, [plan.to_json().rstrip("\n")])
+        return plan
+
+    def instances(self, step: int, plan: ReplayPlan) -> list[Instance]:
+        """What a step trains: the rows of its tasks, each with a random wording, and what the plan replays."""
+        instances = []
+        for name in self.steps[step]:
+            task, rows = self.collection.tasks[name], self.train_rows(name)
+            wordings = assign_instructions(
+                name, [row.id for row in rows], len(task.instructions), seed=self.config.seed, step=step
+            )
+            instances += [make_instance(task, row, wording) for row, wording in zip(rows, wordings)]
+        return instances + [self._drawn_instance(one) for one in plan.replayed]
+
+    def train_rows(self, name: str) -> list[Row]:
+        """The training rows of a task, at most ``data.n_train``."""
+        return self.collection.of_task(name, "train")[: self.config.data.n_train]
+
+    def measure(self, instances: Sequence[Instance]) -> list[float]:
+        """Information gain of every instance with the model as it is now."""
+        return self._scorer().score(instances, progress=self.progress and bool(instances)).gain.tolist()
+
+    def arguments(self, folder: Path, step: int) -> KPIGConfig:
+        """The Trainer's arguments for one step."""
+        given: dict[str, Any] = {"report_to": "none", "save_strategy": "no", **self.config.training}
+        if not STRATEGIES[self.config.strategy].distils:
+            given["lam"] = 0.0
+        return KPIGConfig(output_dir=str(folder), seed=self.config.seed + step, disable_tqdm=not self.progress, **given)
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The prompt encoder that scoring, training and evaluation share."""
+        arguments = self.arguments(self.config.output_dir, 0)
+        return PromptEncoder(
+            self.tokenizer,
+            template=arguments.template,
+            mask_text=arguments.mask_text,
+            end_of_sequence=arguments.end_of_sequence,
+        )
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bars."""
+        if self.progress:
+            tqdm.write(line)
+
+    def _scorer(self) -> KeyPartScorer:
+        arguments = self.arguments(self.config.output_dir, 0)
+        return KeyPartScorer(
+            self.model.to(arguments.device),  # type: ignore[arg-type]
+            self.tokenizer,
+            alpha=arguments.alpha,
+            tail_tol=arguments.tail_tol,
+            max_tokens=arguments.max_tokens,
+            template=arguments.template,
+            mask_text=arguments.mask_text,
+            end_of_sequence=arguments.end_of_sequence,
+        )
+
+    def _draw(self, task: str, step: int) -> list[Draw]:
+        ids = [row.id for row in self.train_rows(task)]
+        size = len(self.collection.tasks[task].instructions)
+        return draw(task, ids, size, n=self.config.replay.instances, seed=self.config.seed, step=step)
+
+    def _drawn_instance(self, one: Draw) -> Instance:
+        row = next(row for row in self.train_rows(one.task) if row.id == one.row_id)
+        return make_instance(self.collection.tasks[one.task], row, one.instruction)
+
+    def _evaluate(self, step: int, replayed: list[str], training: dict[str, float]) -> None:
+        run, settings = self.config.output_dir, self.config.evaluation
+        folder = step_folder(run, step)
+        learnt = self.steps if step == UNTRAINED else self.steps[: step + 1]
+        tasks = [name for names in learnt for name in names] + self.collection.names("held_out")
+        result = evaluate(
+            self.model.to(self.arguments(folder, 0).device),  # type: ignore[arg-type]
+            self.tokenizer,
+            self.collection,
+            encoder=self.encoder,
+            tasks=tasks,
+            split=settings.split,
+            limit=settings.limit,
+            max_new_tokens=settings.max_new_tokens,
+            demonstrations=settings.demonstrations,
+            progress=self.progress,
+            predictions_path=folder / PREDICTIONS_FILE,
+        )
+        metrics = StepMetrics(
+            step=step,
+            strategy=self.config.strategy,
+            tasks=() if step == UNTRAINED else tuple(self.steps[step]),
+            replayed=tuple(replayed),
+            evaluation=result,
+            gains=self._mean_gains(tasks),
+            training=training,
+        )
+        write_metrics(run, metrics)
+        mark_complete(folder)
+        self.say(_line(metrics, len(self.steps)))
+
+    def _mean_gains(self, tasks: Sequence[str]) -> dict[str, float]:
+        settings = self.config.evaluation
+        asked = [row for name in tasks for row in self.collection.of_task(name, settings.split)[: settings.gain_rows]]
+        gains = self.measure([make_instance(self.collection.tasks[row.task], row) for row in asked])
+        by_task: dict[str, list[float]] = {}
+        for row, gain in zip(asked, gains):
+            by_task.setdefault(row.task, []).append(gain)
+        return {task: sum(values) / len(values) for task, values in by_task.items()}
+
+    def _save_model(self, folder: Path) -> None:
+        partial = folder / f"{MODEL_FOLDER}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.model.save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)
+        partial.rename(folder / MODEL_FOLDER)
+
+    def _n_complete(self) -> int:
+        return sum(is_complete(step_folder(self.config.output_dir, i)) for i in range(len(self.steps)))
+
+
+def model_source(config: RunConfig) -> str | Path:
+    """Folder or hub name of the model to start from."""
+    if config.model != "bundled":
+        return config.model
+    from kpig_fast.data.base_model import base_model_path
+
+    return base_model_path()
+
+
+def claim_folder(run: Path, resolved: str) -> None:
+    """Write the resolved config into a new run's folder, or check that the folder is of the same run.
+
+    Raises:
+        ValueError: another config lies there.
+    """
+    path = run / CONFIG_FILE
+    if not path.exists():
+        write_lines(path, [resolved.rstrip("\n")])
+    elif path.read_text("utf-8") != resolved:
+        raise ValueError(f"{run} holds a run with another config ({path}); choose another output_dir or delete it")
+
+
+def _line(metrics: StepMetrics, n_steps: int) -> str:
+    def figure(value: float | None, digits: int = 1) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    scores = "   ".join(
+        f"{role} P {figure(metrics.evaluation.p_score(role))} V {figure(metrics.evaluation.v_score(role))} "
+        f"gain {figure(metrics.gain(role), 3)}"
+        for role in ("seen", "held_out")
+    )
+    if metrics.step == UNTRAINED:
+        return f"untrained: {scores}"
+    training = metrics.training
+    cost = f"loss {training['loss']:.3f}, {training['instances']:.0f} instances in {training['seconds']:.0f} s"
+    name = metrics.tasks[0] if len(metrics.tasks) == 1 else f"{len(metrics.tasks)} tasks"
+    return f"step {metrics.step + 1}/{n_steps} {name}: {cost}   {scores}"
