@@ -5,6 +5,7 @@ Every step has a folder: ``plan.json`` (all that it decided), ``trainer/`` (the 
 last complete step; a plan that was written is read again, never made again.
 """
 
+import json
 import random
 import shutil
 import time
@@ -23,10 +24,12 @@ from transformers import (
     set_seed,
 )
 
+from kpig_fast.data.base_model import resolve_model
 from kpig_fast.data.encoding import PromptEncoder
 from kpig_fast.data.files import write_lines
 from kpig_fast.data.lengths import check_collection_lengths
 from kpig_fast.data.schema import Instance, Row, TaskCollection, make_instance
+from kpig_fast.environment import environment
 from kpig_fast.evaluation.evaluate import evaluate
 from kpig_fast.evaluation.runs import UNTRAINED, StepMetrics, is_complete, mark_complete, step_folder, write_metrics
 from kpig_fast.method.replay import Draw, ReplayPlan, assign_instructions, draw
@@ -39,7 +42,8 @@ from kpig_fast.training.run_config import RunConfig, dump_run_config
 from kpig_fast.training.strategies import STRATEGIES, PlanRequest
 from kpig_fast.training.trainer import TEACHER_FILE, KPIGTrainer
 
-CONFIG_FILE, PLAN_FILE, PREDICTIONS_FILE = "config.yaml", "plan.json", "predictions.jsonl"
+CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
+PLAN_FILE, PREDICTIONS_FILE = "plan.json", "predictions.jsonl"
 MODEL_FOLDER, TRAINER_FOLDER = "model", "trainer"
 
 
@@ -99,11 +103,12 @@ class Stream:
         """
         run = config.output_dir
         claim_folder(run, dump_run_config(config))
-        tokenizer = AutoTokenizer.from_pretrained(model_source(config))
+        write_lines(run / ENVIRONMENT_FILE, [json.dumps(environment(), indent=2)])
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model))
         collection, report = load_data(config.data, progress=progress)
         steps = make_steps(collection, config)
         done = sum(is_complete(step_folder(run, i)) for i in range(len(steps)))
-        source = step_folder(run, done - 1) / MODEL_FOLDER if done else model_source(config)
+        source = step_folder(run, done - 1) / MODEL_FOLDER if done else resolve_model(config.model)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=config.dtype)
         stream = cls(config, collection, steps, model, tokenizer, progress)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -287,15 +292,6 @@ class Stream:
 
     def _n_complete(self) -> int:
         return sum(is_complete(step_folder(self.config.output_dir, i)) for i in range(len(self.steps)))
-
-
-def model_source(config: RunConfig) -> str | Path:
-    """Folder or hub name of the model to start from."""
-    if config.model != "bundled":
-        return config.model
-    from kpig_fast.data.base_model import base_model_path
-
-    return base_model_path()
 
 
 def claim_folder(run: Path, resolved: str) -> None:

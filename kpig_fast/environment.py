@@ -1,0 +1,43 @@
+"""What a result depends on besides the code's arguments: versions and hardware. No user names, paths or variables."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("kpig-fast", "torch", "transformers", "accelerate", "peft", "datasets", "triton", "numpy", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of Python and the packages that matter, processor, cores, memory in GiB, and GPUs."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": _gpus(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
