@@ -213,6 +213,13 @@ def test_chat_template_without_control_token_ends_with_end_of_sequence():
         PromptEncoder(bare, template="chat")
 
 
+def test_first_control_token_after_the_answer_ends_the_turn():
+    tokenizer = chat(CHATML.replace("<|end|>", "<|end|></s>"))
+    encoder = PromptEncoder(tokenizer, template="chat")
+    assert encoder.end_id == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert texts(tokenizer, encoder.encode(INSTANCE))[2] == "YES<|end|>"
+
+
 def test_chat_without_end_of_turn():
     tokenizer = chat(CHATML)
     pair = PromptEncoder(tokenizer, template="chat", end_of_sequence=False).encode(INSTANCE)

@@ -138,6 +138,7 @@ def test_one_object(tmp_path):
 def test_what_is_written_is_read(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "new" / "rows.jsonl"
     write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+    assert list(path.parent.iterdir()) == [path]
     read_back, report = read(path)
     assert [row for _, row in read_back] == rows
     assert not report.problems

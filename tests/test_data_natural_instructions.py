@@ -194,12 +194,13 @@ def test_absent_side_file(tasks, tmp_path):
 def test_key_parts_that_do_not_occur_drop_the_wording(tasks, tmp_path):
     other = {"text": "Past or present?", "key_parts": ["Past or present"]}
     rows = [{"task": "a", "key_parts": ["future"], "instructions": [other]}, {"task": "b", "key_part_spans": [[9, 4]]}]
-    collection, report = load_natural_instructions(tasks, side_file=side(tmp_path, "side.jsonl", *rows))
+    path = side(tmp_path, "side.jsonl", *rows)
+    collection, report = load_natural_instructions(tasks, side_file=path)
     assert [wording.text for wording in collection.tasks["a"].instructions] == ["Past or present?"]
     assert list(collection.tasks) == ["a", "c"]
     first, second = problems(report)["key part not found"]
-    assert first.startswith(f"{tasks}/a.json: instructions[0]: key_parts: key part 'future' does not occur")
-    assert second.startswith(f"{tasks}/b.json: instructions[0]: key_parts: key part (9, 4) is no span")
+    assert first.startswith(f"{path}:1: instructions[0]: key_parts: key part 'future' does not occur")
+    assert second.startswith(f"{path}:2: instructions[0]: key_parts: key part (9, 4) is no span")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError
 from tqdm import tqdm
 
 from kpig_fast.data.checks import nearest, reject_misspelled, row_error
@@ -46,6 +46,7 @@ class _Side(BaseModel):
     instructions: list[dict[str, Any]] = []
     key_parts: list[Any] | None = None
     key_part_spans: list[Any] | None = None
+    _where: str = PrivateAttr("")
 
 
 def load_natural_instructions(
@@ -95,10 +96,11 @@ def load_natural_instructions(
         where = str(files[name])
         try:
             file = _read_task_file(files[name])
-            fields = _task_fields(file, side.get(name, _Side(task=name)))
+            told = side.get(name, _Side(task=name))
+            fields = _task_fields(file, told)
             if name in roles:
                 fields["role"] = roles[name]
-            loaded[name] = parse_task(fields, where, report)
+            loaded[name] = parse_task(fields, told._where or where, report)
             rows += _rows(name, file, where, n_test)
         except RowError as error:
             report.add(where, error)
@@ -117,8 +119,9 @@ def _read_side(side_file: Paths | None, report: ValidationReport) -> dict[str, _
             except RowError as error:
                 report.add(where, error)
             else:
-                known = side.get(row.task, row)
-                side[row.task] = known.model_copy(update={name: getattr(row, name) for name in row.model_fields_set})
+                given = {name: getattr(row, name) for name in row.model_fields_set}
+                side[row.task] = side.get(row.task, row).model_copy(update=given)
+                side[row.task]._where = where
     # Without its side row a task would have no key parts and a gain of 0: no run should begin like that.
     report.require_clean()
     return side
