@@ -13,3 +13,6 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("the shared folder with real data and models does not lie beside this checkout")
     return SHARED.resolve()
+
+
+pytest_plugins = ["small_run"]

@@ -1,0 +1,144 @@
+"""The continual run: folders, order, plans, resuming, and errors before anything is trained."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import TASKS, config_values
+from transformers import AutoModelForCausalLM
+
+from kpig_fast.evaluation.runs import UNTRAINED, is_complete, read_run, step_folder
+from kpig_fast.method.replay import ReplayPlan
+from kpig_fast.training.run_config import RunConfig
+from kpig_fast.training.stream import Stream
+
+
+def open_stream(folder, run, **changes) -> Stream:
+    return Stream.open(RunConfig.model_validate(config_values(folder, run, **changes)), progress=False)
+
+
+def weights(run, step: int) -> dict[str, torch.Tensor]:
+    return load_file(step_folder(run, step) / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(small_folder, tmp_path_factory):
+    """A whole kpig run of three steps."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    open_stream(small_folder, run).run()
+    return run
+
+
+def test_every_step_is_kept_whole(finished):
+    for step in (UNTRAINED, 0, 1, 2):
+        assert is_complete(step_folder(finished, step))
+    files = {path.name for path in step_folder(finished, 2).iterdir()}
+    assert {"plan.json", "model", "metrics.json", "predictions.jsonl", "COMPLETE"} <= files
+    assert not list(finished.rglob("*.partial"))
+    assert not list(finished.rglob("teacher.safetensors"))
+    assert json.loads((finished / "environment.json").read_text())["packages"]["torch"]
+
+
+def test_metrics_cover_the_learnt_and_the_held_out_tasks(finished):
+    history = read_run(finished)
+    assert [step.step for step in history] == [UNTRAINED, 0, 1, 2]
+    assert [task.task for task in history[2].evaluation.tasks] == ["copy", "shout", "last"]
+    assert set(history[3].gains) == {*TASKS, "last"}
+    assert [step.tasks for step in history[1:]] == [("copy",), ("shout",), ("first",)]
+    assert history[3].training["instances"] == 6 + 2
+
+
+def test_plans_replay_the_least_gain_with_the_model_of_the_step_before(finished, small_folder, tmp_path):
+    plan = ReplayPlan.from_json((step_folder(finished, 2) / "plan.json").read_text())
+    assert set(plan.mean_gains) == {"copy", "shout"}
+    assert plan.chosen == (min(plan.mean_gains, key=lambda task: plan.mean_gains[task]),)
+    copied = tmp_path / "run"
+    config = config_values(small_folder, copied)
+    stream = Stream.open(RunConfig.model_validate(config), progress=False)
+    stream.model = AutoModelForCausalLM.from_pretrained(step_folder(finished, 1) / "model")
+    assert stream.plan(2).to_json() == plan.to_json()
+
+
+def test_the_final_model_loads_plainly(finished):
+    model = AutoModelForCausalLM.from_pretrained(step_folder(finished, 2) / "model")
+    assert model.config._attn_implementation == "sdpa"
+    assert "kpig" not in (step_folder(finished, 2) / "model" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("lost", ["COMPLETE", "everything but the plan"])
+def test_a_stopped_run_goes_on_and_ends_bitwise_the_same(finished, small_folder, tmp_path, lost):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    text = (run / "config.yaml").read_text().replace(str(finished), str(run))
+    (run / "config.yaml").write_text(text)
+    folder = step_folder(run, 2)
+    for path in folder.iterdir():
+        if path.name == lost or (lost != "COMPLETE" and path.name != "plan.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    open_stream(small_folder, run).run()
+    again, before = weights(run, 2), weights(finished, 2)
+    assert all(torch.equal(again[name], before[name]) for name in before)
+    assert not torch.equal(weights(run, 1)["lm_head.weight"], before["lm_head.weight"])
+    assert read_run(run)[-1].evaluation == read_run(finished)[-1].evaluation
+
+
+def test_a_whole_run_does_nothing_more(finished, small_folder):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("model.safetensors")}
+    open_stream(small_folder, finished).run()
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("model.safetensors")} == before
+
+
+@pytest.mark.parametrize(
+    ("strategy", "n_steps", "instances"), [("sft", 3, [6, 6, 6]), ("replay", 3, [6, 8, 8]), ("joint", 1, [18])]
+)
+def test_other_strategies_train_without_a_teacher(small_folder, tmp_path, strategy, n_steps, instances):
+    run = tmp_path / "run"
+    open_stream(small_folder, run, strategy=strategy).run()
+    steps = [step for step in read_run(run) if step.step != UNTRAINED]
+    assert len(steps) == n_steps
+    assert [step.training["instances"] for step in steps] == instances
+    assert all("mean_gain" not in step.training for step in steps)
+
+
+def test_steps_by_category_and_seeded_order(small_folder, tmp_path):
+    by_category = open_stream(small_folder, tmp_path / "a", stream={"by": "category", "order": ["words", "letters"]})
+    assert by_category.steps == [["first"], ["copy", "shout"]]
+    orders = {
+        tuple(map(tuple, open_stream(small_folder, tmp_path / f"s{seed}", stream={}, seed=seed).steps))
+        for seed in range(8)
+    }
+    assert len(orders) > 2
+    assert all(sorted(order) == sorted((name,) for name in TASKS) for order in orders)
+    again = open_stream(small_folder, tmp_path / "s3", stream={}, seed=3).steps
+    assert open_stream(small_folder, tmp_path / "other", stream={}, seed=3).steps == again
+    assert len(open_stream(small_folder, tmp_path / "two", stream={"steps": 2}).steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        ({"order": ["copy", "nothing"]}, "names 'nothing', which is no task to train; known: copy, shout, first"),
+        ({"order": ["last"]}, "names 'last'"),
+        ({"order": ["copy", "copy"]}, "names a step twice"),
+    ],
+)
+def test_a_wrong_order_is_named_before_training(small_folder, tmp_path, stream, message):
+    with pytest.raises(ValueError, match=message):
+        open_stream(small_folder, tmp_path / "run", stream=stream)
+
+
+def test_a_folder_of_another_run_is_not_touched(finished, small_folder):
+    with pytest.raises(ValueError, match="holds a run with another config"):
+        open_stream(small_folder, finished, seed=1)
+
+
+def test_instances_take_a_seeded_wording_of_the_pool(small_folder, tmp_path):
+    stream = open_stream(small_folder, tmp_path / "run")
+    plan = ReplayPlan(0, 0, 0.3, 1, 2, "", (), (), {}, ())
+    first = [stream.instances(step, plan) for step in range(3)]
+    assert [[i.instruction for i in step] for step in first] == [
+        [i.instruction for i in stream.instances(step, plan)] for step in range(3)
+    ]
+    assert len({i.instruction for step in first for i in step}) > len(TASKS)
