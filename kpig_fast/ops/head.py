@@ -4,20 +4,17 @@ N rows, D hidden size, V vocabulary. Logits are float32 from the accumulator on 
 bf16 logits would reorder gains and spoil the divergence of two close models.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-# Rows × vocabulary columns of one no-gradient tile: a float32 tile of 8 MB stays near the cores.
-TILE_ROWS, TILE_COLUMNS = 512, 4096
+from kpig_fast.ops.reference import IGNORE
+
 # Elements of one training chunk's logits: 512 MB in float32; longer chunks read and write dW less often.
 CHUNK_ELEMENTS = 2**27
 # Elements that the element-wise passes of a training chunk take at a time.
 SWEEP_ELEMENTS = 2**20
-
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of logits and sums."""
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def logits(
@@ -72,14 +69,19 @@ class Head:
         return torch.mm(dz, self.weight)
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows of one training chunk."""
-    return max(1, CHUNK_ELEMENTS // vocabulary)
+def chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Cut rows into training chunks."""
+    return blocks(rows, max(1, CHUNK_ELEMENTS // vocabulary))
 
 
-def sweep_rows(vocabulary: int) -> int:
-    """Rows that the element-wise passes take at a time."""
-    return max(1, SWEEP_ELEMENTS // vocabulary)
+def sweeps(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Cut the rows of a chunk into what the element-wise passes take at a time."""
+    return blocks(rows, max(1, SWEEP_ELEMENTS // vocabulary))
+
+
+def blocks(total: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of ``size``, the last one ragged."""
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, row_name: str) -> None:
@@ -92,3 +94,12 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, r
         raise ValueError(f"{name} needs {row_name} [{hidden.shape[0]}], one a row; got {list(rows.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name} needs bias [{weight.shape[0]}], one a vocabulary entry; got {list(bias.shape)}")
+
+
+def check_targets(target: Tensor, vocabulary: int) -> None:
+    """Raise ValueError unless every target [N] is a token id or ``IGNORE``."""
+    wrong = target[(target != IGNORE) & ((target < 0) | (target >= vocabulary))]
+    if len(wrong):
+        raise ValueError(
+            f"target {int(wrong[0])} is no token id; give 0 ... {vocabulary - 1}, or {IGNORE} to leave a row out"
+        )

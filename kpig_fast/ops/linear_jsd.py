@@ -11,39 +11,67 @@ The divergence is symmetric, so the gradient by the reference side is the same o
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kpig_fast.ops.head import Head, check_head, chunk_rows, compute_dtype, sweep_rows
+from kpig_fast.ops.head import Head, check_head, chunks, sweeps
+from kpig_fast.ops.precision import compute_dtype, without_autocast
 
 LN2 = math.log(2.0)
 
+Side = tuple[Tensor, Tensor, Tensor | None]
 
-def jsd_sweep(z: Tensor, r: Tensor, temperature: Tensor, out: Tensor, *, gradient: bool) -> None:
-    """Write the divergence of each row of logits ``z``, ``r`` [n, V] to ``out`` [n]; destroys ``z`` and ``r``.
 
-    With ``gradient``, ``z`` becomes d out / d z. With ``a, b`` the log-probabilities of p, q and m their mean:
-    ``log(p/m) = ln 2 + logsigmoid(a - b)``, ``log(q/m) = ln 2 + logsigmoid(b - a)``, and
-    ``d out/dz = p (log(p/m) - KL_p) / (2 t ln 2)``: finite where both probabilities underflow.
+def jsd_pass(
+    head: Head, hidden: Tensor, ref_head: Head, ref_hidden: Tensor, temperature: Tensor, upstream: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Divergences [N] by chunks of rows; for an ``upstream`` [N] also the gradient by hidden (else empty)."""
+    t = temperature.to(head.weight.dtype)
+    out = torch.empty_like(t)
+    dhidden = hidden.new_empty(0 if upstream is None else hidden.shape)
+    for rows in chunks(len(t), 2 * len(head.weight)):
+        z, r = head.logits(hidden[rows]), ref_head.logits(ref_hidden[rows])
+        kept = None if upstream is None else head.before_overwriting(z)
+        _sweep(z, r, t[rows], out[rows], None if upstream is None else upstream[rows])
+        if upstream is not None:
+            dhidden[rows] = head.backward(z, kept, hidden[rows])
+        # Or the next chunk's logits would be formed beside them.
+        del z, r, kept
+    return out, dhidden
+
+
+def _sweep(z: Tensor, r: Tensor, temperature: Tensor, out: Tensor, upstream: Tensor | None) -> None:
+    """Write divergences to ``out`` [n], destroying both logits [n, V]; for an ``upstream`` [n], ``z`` is the gradient.
+
+    With ``a, b`` the log-probabilities of p, q and m their mean: ``log(p/m) = ln 2 + logsigmoid(a - b)``,
+    ``log(q/m) = ln 2 + logsigmoid(b - a)``, and ``d out/dz = p (log(p/m) - KL_p) / (2 t ln 2)``: finite where both
+    probabilities underflow.
     """
-    step = sweep_rows(z.shape[1])
-    for start in range(0, len(z), step):
-        rows = slice(start, start + step)
+    for rows in sweeps(*z.shape):
         t = temperature[rows, None]
-        a, b = z[rows].div_(t), r[rows].div_(t)
-        a -= a.logsumexp(-1, keepdim=True)
-        b -= b.logsumexp(-1, keepdim=True)
+        a, b = F.log_softmax(z[rows].div_(t), -1), F.log_softmax(r[rows].div_(t), -1)
         difference = a - b
-        log_pm = torch.nn.functional.logsigmoid(difference).add_(LN2)
-        log_qm = torch.nn.functional.logsigmoid(difference.neg_()).add_(LN2)
+        log_pm = F.logsigmoid(difference).add_(LN2)
+        log_qm = F.logsigmoid(difference.neg_()).add_(LN2)
         kl_q = log_qm.mul_(b.exp_()).sum(-1)
         p = a.exp_()
         kl_p = (p * log_pm).sum(-1)
         out[rows] = ((kl_p + kl_q) / (2 * LN2)).clamp_(min=0)
-        if gradient:
-            p.mul_(log_pm.sub_(kl_p[:, None])).div_(2 * LN2 * t)
+        if upstream is not None:
+            torch.mul(p, log_pm.sub_(kl_p[:, None]).mul_(upstream[rows, None] / (2 * LN2 * t)), out=z[rows])
+
+
+def check_sides(name: str, model: Side, reference: Side, temperature: Tensor) -> None:
+    """Raise ValueError unless both sides' (hidden, weight, bias) fit together and have one vocabulary."""
+    check_head(name, *model, temperature, "temperature")
+    check_head(f"{name}, reference side,", *reference, temperature, "temperature")
+    sizes = len(model[1]), len(reference[1])
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{name} compares distributions over one vocabulary; got {sizes[0]} and {sizes[1]} entries")
 
 
 @torch.library.custom_op("kpig_fast::linear_jsd", mutates_args=())
+@without_autocast
 def _linear_jsd(
     hidden: Tensor,
     weight: Tensor,
@@ -58,12 +86,7 @@ def _linear_jsd(
     dtype = compute_dtype(hidden)
     head = Head(weight, bias, softcap, logit_scale, dtype)
     ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, dtype)
-    t = temperature.to(dtype)
-    out = torch.empty_like(t)
-    for start in range(0, len(t), chunk_rows(2 * weight.shape[0])):
-        rows = slice(start, start + chunk_rows(2 * weight.shape[0]))
-        z, r = head.logits(hidden[rows]), ref_head.logits(ref_hidden[rows])
-        jsd_sweep(z, r, t[rows], out[rows], gradient=False)
+    out, _ = jsd_pass(head, hidden, ref_head, ref_hidden, temperature, None)
     return out
 
 
@@ -73,6 +96,7 @@ def _(hidden, weight, ref_hidden, ref_weight, temperature, bias, ref_bias, softc
 
 
 @torch.library.custom_op("kpig_fast::linear_jsd_backward", mutates_args=())
+@without_autocast
 def _linear_jsd_backward(
     grad: Tensor,
     hidden: Tensor,
@@ -90,14 +114,7 @@ def _linear_jsd_backward(
     dtype = compute_dtype(hidden)
     head = Head(weight, bias, softcap, logit_scale, dtype, wants_weight=wants_weight, wants_bias=wants_bias)
     ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, dtype)
-    t = temperature.to(dtype)
-    dhidden = torch.empty_like(hidden)
-    for start in range(0, len(t), chunk_rows(2 * weight.shape[0])):
-        rows = slice(start, start + chunk_rows(2 * weight.shape[0]))
-        z, r = head.logits(hidden[rows]), ref_head.logits(ref_hidden[rows])
-        kept = head.before_overwriting(z)
-        jsd_sweep(z, r, t[rows], torch.empty_like(t[rows]), gradient=True)
-        dhidden[rows] = head.backward(z.mul_(grad[rows, None].to(dtype)), kept, hidden[rows])
+    _, dhidden = jsd_pass(head, hidden, ref_head, ref_hidden, temperature, grad)
     return dhidden, head.dweight.to(weight.dtype), head.dbias if bias is None else head.dbias.to(bias.dtype)
 
 
@@ -117,7 +134,7 @@ def _backward(ctx, grad):
     hidden, weight, ref_hidden, ref_weight, t, bias, ref_bias = ctx.saved_tensors
     wants = ctx.needs_input_grad
 
-    def side(own: tuple, other: tuple, wants_hidden: bool, wants_weight: bool, wants_bias: bool) -> list[Tensor | None]:
+    def side(own: Side, other: Side, wants_hidden: bool, wants_weight: bool, wants_bias: bool) -> list[Tensor | None]:
         if not (wants_hidden or wants_weight or wants_bias):
             return [None, None, None]
         grads = torch.ops.kpig_fast.linear_jsd_backward(
@@ -164,12 +181,7 @@ def linear_jsd(
     Raises:
         ValueError: shapes do not fit.
     """
-    check_head("linear_jsd", hidden, weight, bias, temperature, "temperature")
-    check_head("linear_jsd (reference side)", ref_hidden, ref_weight, ref_bias, temperature, "temperature")
-    if weight.shape[0] != ref_weight.shape[0]:
-        raise ValueError(
-            f"linear_jsd compares distributions over one vocabulary; got {weight.shape[0]} and {ref_weight.shape[0]}"
-        )
+    check_sides("linear_jsd", (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), temperature)
     return torch.ops.kpig_fast.linear_jsd(
         hidden, weight, ref_hidden, ref_weight, temperature, bias, ref_bias, softcap, logit_scale
     )

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kpig_fast.ops.head import Head, check_head, chunk_rows, compute_dtype
-from kpig_fast.ops.linear_jsd import jsd_sweep
-from kpig_fast.ops.reference import IGNORE
-from kpig_fast.ops.response_logprob import logprob_gradient
+from kpig_fast.ops.head import Head, check_head, check_targets
+from kpig_fast.ops.linear_jsd import check_sides, jsd_pass
+from kpig_fast.ops.precision import compute_dtype, without_autocast
+from kpig_fast.ops.response_logprob import logprob_pass
 
 
 class KPIGLoss(NamedTuple):
@@ -28,6 +28,7 @@ class KPIGLoss(NamedTuple):
 
 
 @torch.library.custom_op("kpig_fast::linear_kpig_loss", mutates_args=())
+@without_autocast
 def _linear_kpig_loss(
     hidden: Tensor,
     target: Tensor,
@@ -46,32 +47,15 @@ def _linear_kpig_loss(
     wants_weight: bool,
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_targets(target, weight.shape[0])
     dtype = compute_dtype(hidden)
     head = Head(weight, bias, softcap, logit_scale, dtype, wants_weight=wants_weight, wants_bias=wants_bias)
     ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, dtype)
-    t = temperature.to(dtype)
-    log_probs = torch.empty(target.shape, dtype=dtype, device=hidden.device)
-    jsd = torch.empty_like(t)
     wants_any = wants_hidden or wants_weight or wants_bias
-    dhidden = hidden.new_empty(hidden.shape if wants_any else (0,))
-    dmasked = hidden.new_empty(masked_hidden.shape if wants_any else (0,))
-    for start in range(0, len(target), chunk_rows(weight.shape[0])):
-        rows = slice(start, start + chunk_rows(weight.shape[0]))
-        z = head.logits(hidden[rows])
-        lse = z.logsumexp(-1)
-        picked = z.gather(1, target[rows].clamp(min=0)[:, None])[:, 0]
-        log_probs[rows] = torch.where(target[rows] == IGNORE, 0, (picked - lse).clamp_(max=0))
-        if wants_any:
-            kept = head.before_overwriting(z)
-            dz = logprob_gradient(z, lse, target[rows], torch.full_like(lse, -ce_scale))
-            dhidden[rows] = head.backward(dz, kept, hidden[rows])
-    for start in range(0, len(t), chunk_rows(2 * weight.shape[0])):
-        rows = slice(start, start + chunk_rows(2 * weight.shape[0]))
-        z, r = head.logits(masked_hidden[rows]), ref_head.logits(ref_hidden[rows])
-        kept = head.before_overwriting(z) if wants_any else None
-        jsd_sweep(z, r, t[rows], jsd[rows], gradient=wants_any)
-        if wants_any:
-            dmasked[rows] = head.backward(z.mul_(jsd_scale), kept, masked_hidden[rows])
+    by_log_prob = hidden.new_full(target.shape, -ce_scale, dtype=dtype) if wants_any else None
+    by_jsd = hidden.new_full(temperature.shape, jsd_scale, dtype=dtype) if wants_any else None
+    log_probs, dhidden = logprob_pass(head, hidden, target, by_log_prob)
+    jsd, dmasked = jsd_pass(head, masked_hidden, ref_head, ref_hidden, temperature, by_jsd)
     loss = jsd.sum() * jsd_scale - log_probs.sum() * ce_scale
     return loss, log_probs, jsd, dhidden, dmasked, head.dweight.to(weight.dtype), head.dbias
 
@@ -143,11 +127,11 @@ def linear_kpig_loss(
         softcap, logit_scale: as in ``response_logprob``.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or a target is no token id.
     """
     check_head("linear_kpig_loss", hidden, weight, bias, target, "target")
-    check_head("linear_kpig_loss (masked rows)", masked_hidden, weight, bias, temperature, "temperature")
-    check_head("linear_kpig_loss (reference side)", ref_hidden, ref_weight, ref_bias, temperature, "temperature")
+    masked, reference = (masked_hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
+    check_sides("linear_kpig_loss, masked rows,", masked, reference, temperature)
     grad = torch.is_grad_enabled()
     wants_hidden = grad and (hidden.requires_grad or masked_hidden.requires_grad)
     wants_bias = grad and bias is not None and bias.requires_grad

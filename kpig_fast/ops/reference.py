@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from kpig_fast.method.objective import jsd_bits
+
 IGNORE = -100
 
 
@@ -86,15 +88,7 @@ def linear_jsd_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """[N]: base-2 Jensen-Shannon divergence of ``softmax(z / temperature)`` between the model and its reference.
-
-    With ``a, b`` the two log-probabilities and ``d = b - a``: ``log(p/m) = ln 2 + logsigmoid(-d)`` and
-    ``log(q/m) = ln 2 + logsigmoid(d)``, which stay finite where both probabilities underflow.
-    """
-    scale = temperature[:, None].to(hidden.dtype)
-    a = (logits_reference(hidden, weight, bias, softcap, logit_scale) / scale).log_softmax(-1)
-    b = (logits_reference(ref_hidden, ref_weight, ref_bias, softcap, logit_scale) / scale).log_softmax(-1)
-    ln2 = math.log(2.0)
-    kl_p = (a.exp() * (ln2 + torch.nn.functional.logsigmoid(a - b))).sum(-1)
-    kl_q = (b.exp() * (ln2 + torch.nn.functional.logsigmoid(b - a))).sum(-1)
-    return (kl_p + kl_q) / (2 * ln2)
+    """[N]: base-2 Jensen-Shannon divergence of ``softmax(z / temperature)`` between the model and its reference."""
+    z = logits_reference(hidden, weight, bias, softcap, logit_scale)
+    r = logits_reference(ref_hidden, ref_weight, ref_bias, softcap, logit_scale)
+    return jsd_bits(z, r, temperature)

@@ -7,59 +7,79 @@ N rows, D hidden size, V vocabulary. Forward: tiles of rows × vocabulary with a
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kpig_fast.ops.head import TILE_COLUMNS, TILE_ROWS, Head, check_head, chunk_rows, compute_dtype, logits
+from kpig_fast.ops.head import Head, blocks, check_head, check_targets, chunks, logits, sweeps
+from kpig_fast.ops.precision import compute_dtype, without_autocast
 from kpig_fast.ops.reference import IGNORE
+
+# Rows × vocabulary columns of one no-gradient tile: a float32 tile of 8 MB stays near the cores.
+TILE_ROWS, TILE_COLUMNS = 512, 4096
+
+
+def logprob_pass(head: Head, hidden: Tensor, target: Tensor, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N] by chunks of rows; for an ``upstream`` [N] also the gradient by hidden (else empty)."""
+    out = torch.empty(target.shape, dtype=head.weight.dtype, device=hidden.device)
+    dhidden = hidden.new_empty(0 if upstream is None else hidden.shape)
+    for rows in chunks(len(target), len(head.weight)):
+        z = head.logits(hidden[rows])
+        kept = None if upstream is None else head.before_overwriting(z)
+        _sweep(z, target[rows], out[rows], None if upstream is None else upstream[rows])
+        if upstream is not None:
+            dhidden[rows] = head.backward(z, kept, hidden[rows])
+        # Or the next chunk's logits would be formed beside them.
+        del z, kept
+    return out, dhidden
+
+
+def _sweep(z: Tensor, target: Tensor, out: Tensor, upstream: Tensor | None) -> None:
+    """Write log-probabilities to ``out`` [n]; for an ``upstream`` [n], logits ``z`` [n, V] become their gradient.
+
+    The target's entry ``1 - p`` is formed from ``log p``, so that it keeps its relative accuracy near 0.
+    """
+    for rows in sweeps(*z.shape):
+        log_p = F.log_softmax(z[rows], -1)
+        counts, index = target[rows, None] != IGNORE, target[rows, None].clamp(min=0)
+        picked = log_p.gather(1, index)
+        out[rows] = torch.where(counts, picked, 0)[:, 0]
+        if upstream is not None:
+            scale = torch.where(counts, -upstream[rows, None], 0)
+            torch.mul(log_p.exp_(), scale, out=z[rows]).scatter_(1, index, picked.expm1_() * scale)
 
 
 @torch.library.custom_op("kpig_fast::response_logprob", mutates_args=())
+@without_autocast
 def _response_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
+    check_targets(target, len(weight))
     dtype = compute_dtype(hidden)
-    vocabulary = weight.shape[0]
     lse = torch.full(target.shape, -torch.inf, dtype=dtype, device=hidden.device)
     picked = torch.zeros_like(lse)
-    for start in range(0, vocabulary, TILE_COLUMNS):
-        stop = min(start + TILE_COLUMNS, vocabulary)
-        tile, tile_bias = weight[start:stop].to(dtype), None if bias is None else bias[start:stop]
-        for rows in torch.arange(len(target), device=hidden.device).split(TILE_ROWS):
-            block = slice(int(rows[0]), int(rows[-1]) + 1)
-            z = logits(hidden[block], tile, tile_bias, softcap, logit_scale, dtype)
-            lse[block] = torch.logaddexp(lse[block], z.logsumexp(-1))
-            column = target[block] - start
-            inside = (column >= 0) & (column < stop - start)
-            value = z.gather(1, column.clamp(0, stop - start - 1)[:, None])[:, 0]
-            picked[block] = torch.where(inside, value, picked[block])
-    return torch.where(target == IGNORE, 0, (picked - lse).clamp_(max=0)), lse
+    for columns in blocks(len(weight), TILE_COLUMNS):
+        tile, tile_bias = weight[columns].to(dtype), None if bias is None else bias[columns]
+        for rows in blocks(len(target), TILE_ROWS):
+            z = logits(hidden[rows], tile, tile_bias, softcap, logit_scale, dtype)
+            lse[rows] = torch.logaddexp(lse[rows], z.logsumexp(-1))
+            column = target[rows] - columns.start
+            value = z.gather(1, column.clamp(0, len(tile) - 1)[:, None])[:, 0]
+            picked[rows] = torch.where((column >= 0) & (column < len(tile)), value, picked[rows])
+    return torch.where(target == IGNORE, 0, (picked - lse).clamp_(max=0))
 
 
 @_response_logprob.register_fake
 def _(hidden, weight, target, bias, softcap, logit_scale):
-    out = torch.empty(target.shape, dtype=compute_dtype(hidden), device=hidden.device)
-    return out, torch.empty_like(out)
-
-
-def logprob_gradient(z: Tensor, lse: Tensor, target: Tensor, upstream: Tensor) -> Tensor:
-    """Overwrite logits ``z`` [n, V] with ``upstream · (one_hot(target) - softmax(z))``; rows of -100 become 0.
-
-    The target's entry is formed from ``1 - p`` directly, so that it keeps its relative accuracy.
-    """
-    upstream = torch.where(target == IGNORE, 0, upstream)[:, None]
-    probability = z.sub_(lse[:, None]).exp_()
-    index = target.clamp(min=0)[:, None]
-    at_target = (1 - probability.gather(1, index)) * upstream
-    return probability.mul_(-upstream).scatter_(1, index, at_target)
+    return torch.empty(target.shape, dtype=compute_dtype(hidden), device=hidden.device)
 
 
 @torch.library.custom_op("kpig_fast::response_logprob_backward", mutates_args=())
+@without_autocast
 def _response_logprob_backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    lse: Tensor,
     bias: Tensor | None,
     softcap: float | None,
     logit_scale: float,
@@ -68,36 +88,26 @@ def _response_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(hidden)
     head = Head(weight, bias, softcap, logit_scale, dtype, wants_weight=wants_weight, wants_bias=wants_bias)
-    dhidden = torch.empty_like(hidden)
-    for start in range(0, len(target), chunk_rows(weight.shape[0])):
-        rows = slice(start, start + chunk_rows(weight.shape[0]))
-        z = head.logits(hidden[rows])
-        kept = head.before_overwriting(z)
-        dz = logprob_gradient(z, lse[rows], target[rows], grad[rows].to(dtype))
-        dhidden[rows] = head.backward(dz, kept, hidden[rows])
+    _, dhidden = logprob_pass(head, hidden, target, grad)
     return dhidden, head.dweight.to(weight.dtype), head.dbias if bias is None else head.dbias.to(bias.dtype)
 
 
 @_response_logprob_backward.register_fake
-def _(grad, hidden, weight, target, lse, bias, softcap, logit_scale, wants_weight, wants_bias):
-    dbias = hidden.new_empty(weight.shape[:1] if wants_bias else (0,), dtype=lse.dtype if bias is None else bias.dtype)
+def _(grad, hidden, weight, target, bias, softcap, logit_scale, wants_weight, wants_bias):
+    dbias = grad.new_empty(weight.shape[:1] if wants_bias else (0,), dtype=grad.dtype if bias is None else bias.dtype)
     return torch.empty_like(hidden), weight.new_empty(weight.shape if wants_weight else (0,)), dbias
 
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, target, bias, ctx.softcap, ctx.logit_scale = inputs
-    ctx.save_for_backward(hidden, weight, target, output[1], bias)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, target, bias)
 
 
-def _backward(ctx, grad, _grad_lse):
-    if grad is None:
-        return (None,) * 6
-    hidden, weight, target, lse, bias = ctx.saved_tensors
-    wants_weight, wants_bias = ctx.needs_input_grad[1], bias is not None and ctx.needs_input_grad[3]
+def _backward(ctx, grad):
+    hidden, weight, target, bias = ctx.saved_tensors
+    wants_weight, wants_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
     dhidden, dweight, dbias = torch.ops.kpig_fast.response_logprob_backward(
-        grad, hidden, weight, target, lse, bias, ctx.softcap, ctx.logit_scale, wants_weight, wants_bias
+        grad, hidden, weight, target, bias, ctx.softcap, ctx.logit_scale, wants_weight, wants_bias
     )
     return dhidden, dweight if wants_weight else None, None, dbias if wants_bias else None, None, None
 
@@ -127,8 +137,7 @@ def response_logprob(
         float32 [N] (float64 for float64 ``hidden``), never above 0.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or a target is no token id.
     """
     check_head("response_logprob", hidden, weight, bias, target, "target")
-    out, _ = torch.ops.kpig_fast.response_logprob(hidden, weight, target, bias, softcap, logit_scale)
-    return out
+    return torch.ops.kpig_fast.response_logprob(hidden, weight, target, bias, softcap, logit_scale)

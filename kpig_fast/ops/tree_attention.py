@@ -14,11 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kpig_fast.ops.precision import compute_dtype, without_autocast
+
 BLOCK = 128
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _blocks(subtree_end: Tensor, position_ids: Tensor, window: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -50,6 +48,7 @@ def _scores(q: Tensor, k: Tensor, softcap: float | None, hidden: Tensor) -> tupl
 
 
 @torch.library.custom_op("kpig_fast::tree_attention", mutates_args=())
+@without_autocast
 def _tree_attention(
     q: Tensor,
     k: Tensor,
@@ -61,9 +60,8 @@ def _tree_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    heads, tokens, _ = q.shape
-    compute = _compute_dtype(q.dtype)
-    grouped = q.reshape(k.shape[0], -1, tokens, q.shape[-1])
+    compute = compute_dtype(q)
+    grouped = q.unflatten(0, (k.shape[0], -1))
     out = torch.empty(*grouped.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(grouped.shape[:-1], dtype=compute, device=q.device)
     for block, keys, hidden in _blocks(subtree_end, position_ids, window):
@@ -77,16 +75,17 @@ def _tree_attention(
         lse[:, :, block] = total.log().add_(top)[..., 0]
         mixed = torch.matmul(weights.flatten(1, 2), v.index_select(1, keys).to(compute))
         out[:, :, block] = mixed.view(*query.shape[:3], -1).div_(total)
-    return out.view(heads, tokens, -1), lse.view(heads, tokens)
+    return out.flatten(0, 1), lse.flatten(0, 1)
 
 
 @_tree_attention.register_fake
 def _(q, k, v, subtree_end, position_ids, scale, window, softcap, sinks):
-    lse = torch.empty(q.shape[:2], dtype=_compute_dtype(q.dtype), device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=compute_dtype(q), device=q.device)
     return torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device), lse
 
 
 @torch.library.custom_op("kpig_fast::tree_attention_backward", mutates_args=())
+@without_autocast
 def _tree_attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -100,11 +99,11 @@ def _tree_attention_backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    compute = _compute_dtype(q.dtype)
+    compute = compute_dtype(q)
     kv_heads = k.shape[0]
 
     def grouped(x: Tensor) -> Tensor:
-        return x.reshape(kv_heads, -1, *x.shape[1:])
+        return x.unflatten(0, (kv_heads, -1))
 
     queries, grads, totals = grouped(q), grouped(grad), grouped(lse)
     delta = grouped((grad.to(compute) * out.to(compute)).sum(-1))
@@ -125,7 +124,7 @@ def _tree_attention_backward(
         dscores = dscores.flatten(1, 2)
         dq[:, :, block] = torch.matmul(dscores, key).mul_(scale).view_as(query)
         dk.index_add_(1, keys, torch.matmul(dscores.transpose(1, 2), query.flatten(1, 2)))
-    return dq.view(q.shape), dk.to(k.dtype), dv.to(v.dtype), delta.reshape(lse.shape)
+    return dq.view(q.shape), dk.to(k.dtype), dv.to(v.dtype), delta.flatten(0, 1)
 
 
 @_tree_attention_backward.register_fake
@@ -136,6 +135,7 @@ def _(grad, q, k, v, out, lse, subtree_end, position_ids, scale, window, softcap
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, subtree_end, position_ids, ctx.scale, ctx.window, ctx.softcap, sinks = inputs
     ctx.save_for_backward(q, k, v, subtree_end, position_ids, sinks, *output)
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -183,9 +183,9 @@ def tree_attention(
         [H, T, d] in the dtype of ``q``.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or the window is empty.
     """
-    if q.dim() != 3 or k.dim() != 3 or k.shape[:2] != v.shape[:2] or q.shape[1:] != k.shape[1:]:
+    if not q.dim() == k.dim() == v.dim() == 3 or k.shape[:2] != v.shape[:2] or q.shape[1:] != k.shape[1:]:
         raise ValueError(f"tree_attention needs q [H, T, d] and k, v [Hkv, T, d] of one tree; got {_shapes(q, k, v)}")
     if k.shape[0] == 0 or q.shape[0] % k.shape[0]:
         raise ValueError(f"tree_attention: {q.shape[0]} query heads are no multiple of {k.shape[0]} key/value heads")
@@ -194,6 +194,10 @@ def tree_attention(
             f"tree_attention: subtree_end and position_ids need shape [{q.shape[1]}]; "
             f"got {_shapes(subtree_end, position_ids)}"
         )
+    if sinks is not None and sinks.shape != q.shape[:1]:
+        raise ValueError(f"tree_attention: sinks need shape [{q.shape[0]}]; got {_shapes(sinks)}")
+    if window is not None and window < 1:
+        raise ValueError(f"tree_attention: window is {window}; a token sees at least itself")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, _ = torch.ops.kpig_fast.tree_attention(q, k, v, subtree_end, position_ids, scale, window, softcap, sinks)
     return out

@@ -1,0 +1,109 @@
+"""No operator ever holds a [N, V] or a [T, T] buffer: every allocation is recorded, in both directions."""
+
+from collections.abc import Callable
+
+import pytest
+from ops_cases import head_inputs, jsd_inputs, ops_module, run, targets, upstream
+from test_ops_tree_attention import arrays, attention_inputs
+from torch.profiler import ProfilerActivity, profile
+
+from kpig_fast.ops import linear_jsd, linear_kpig_loss, response_logprob, tree_attention
+
+N, V, D = 300, 2000, 16
+FLOAT = 4
+WEIGHT = V * D * FLOAT
+TILE = 32 * 128 * FLOAT
+CHUNK = 20_000 * FLOAT
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 32 × 128, chunks of 10 rows (divergence: 5), sweeps of 2."""
+    monkeypatch.setattr(ops_module("response_logprob"), "TILE_ROWS", 32)
+    monkeypatch.setattr(ops_module("response_logprob"), "TILE_COLUMNS", 128)
+    monkeypatch.setattr(ops_module("head"), "CHUNK_ELEMENTS", CHUNK // FLOAT)
+    monkeypatch.setattr(ops_module("head"), "SWEEP_ELEMENTS", 2 * V)
+
+
+def allocations(call: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of the largest tensor that ``call`` allocates, and of all that it holds at its peak."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return max(event.nbytes() for event in events), peak
+
+
+def test_the_recorder_sees_what_operators_allocate_inside() -> None:
+    inputs = head_inputs(N, V, D)
+    largest, peak = allocations(lambda: (inputs["hidden"] @ inputs["weight"].t()).logsumexp(-1))
+    assert largest == N * V * FLOAT
+    assert peak >= 2 * N * V * FLOAT
+
+
+def test_scoring() -> None:
+    inputs, target = head_inputs(N, V, D), targets(N, V)
+    largest, peak = allocations(lambda: response_logprob(**inputs, target=target))
+    assert largest == TILE
+    assert peak <= 2 * TILE + 16 * N * FLOAT
+
+
+def test_log_prob_training() -> None:
+    inputs, target, grad = head_inputs(N, V, D), targets(N, V), upstream(N)
+    largest, peak = allocations(lambda: run(response_logprob, inputs, grad, ["hidden", "weight"], target=target))
+    assert largest == WEIGHT
+    assert peak <= 2 * CHUNK + WEIGHT + 2 * N * D * FLOAT + 16 * N * FLOAT
+    frozen, _ = allocations(lambda: run(response_logprob, inputs, grad, ["hidden"], target=target))
+    assert frozen == CHUNK
+
+
+@pytest.mark.parametrize("wanted", [[], ["hidden"], ["hidden", "weight"]], ids=str)
+def test_divergence(wanted: list[str]) -> None:
+    inputs, grad = jsd_inputs(N, V, D), upstream(N)
+
+    def call() -> object:
+        return run(linear_jsd, inputs, grad, wanted) if wanted else linear_jsd(**inputs)
+
+    largest, peak = allocations(call)
+    assert largest == (WEIGHT if "weight" in wanted else CHUNK // 2)
+    # Two heads' logits share a chunk; a sweep is a fifth of it and holds six intermediate results.
+    assert peak <= 2.5 * CHUNK + WEIGHT * ("weight" in wanted) + 2 * N * D * FLOAT + 16 * N * FLOAT
+
+
+@pytest.mark.parametrize("wanted", [[], ["hidden"], ["hidden", "weight"]], ids=str)
+def test_loss(wanted: list[str]) -> None:
+    inputs = {name: x.requires_grad_(name in wanted) for name, x in jsd_inputs(N, V, D).items()}
+    masked, target = inputs["hidden"].flip(0), targets(N, V)
+
+    def call() -> None:
+        out = linear_kpig_loss(**inputs, masked_hidden=masked, target=target, ce_scale=0.1, jsd_scale=0.1)
+        if wanted:
+            out.loss.backward()
+
+    largest, peak = allocations(call)
+    assert largest == (WEIGHT if "weight" in wanted else CHUNK)
+    assert peak <= 2.5 * CHUNK + 2 * WEIGHT * ("weight" in wanted) + 4 * N * D * FLOAT + 16 * N * FLOAT
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_tree_attention(train: bool) -> None:
+    # A prompt of 100 tokens with 38 responses of 50 tokens each.
+    tokens, block = 2000, ops_module("tree_attention").BLOCK
+    parents = [token - 1 if token < 100 or token % 50 else 99 for token in range(tokens)]
+    ends, depths = arrays(parents)
+    assert int(depths.max()) == 149
+    q, k, v = (x.requires_grad_(train) for x in attention_inputs(tokens, heads=2, kv_heads=1, d=4, dv=4).values())
+
+    def call() -> None:
+        out = tree_attention(q, k, v, ends, depths)
+        if train:
+            out.sum().backward()
+
+    largest, peak = allocations(call)
+    scores = 2 * block * (150 + block) * FLOAT
+    assert largest <= scores
+    assert peak <= 3 * scores + 16 * tokens * 4 * FLOAT
+    assert peak < tokens * tokens * FLOAT / 4
