@@ -114,17 +114,21 @@ def _instances_to_score(arguments: argparse.Namespace) -> "tuple[list[Instance],
 def _load_scorer(arguments: argparse.Namespace) -> "KeyPartScorer":
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from kpig_fast.data.base_model import resolve_model
     from kpig_fast.scorer import KeyPartScorer
 
+    disable_progress_bar()
     device = arguments.device
     if device == "cuda or cpu":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     source = resolve_model(arguments.model)
     dtype = "float32" if arguments.dtype == "auto" and device == "cpu" else arguments.dtype
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model.to(device)  # type: ignore[arg-type]
     return KeyPartScorer(
-        AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device),
+        model,
         AutoTokenizer.from_pretrained(source),
         alpha=arguments.alpha,
         tail_tol=arguments.tail_tol,
@@ -179,8 +183,11 @@ def _train(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--set {setting!r} has no '='; write NAME=VALUE, such as replay.tasks=3")
         overrides[name] = yaml.safe_load(value)
     config = load_run_config(arguments.config, overrides)
+    from transformers.utils.logging import disable_progress_bar
+
     from kpig_fast.training.stream import Stream
 
+    disable_progress_bar()
     Stream.open(config, progress=not arguments.quiet).run()
     _print_comparison([config.output_dir])
 

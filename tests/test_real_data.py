@@ -25,11 +25,8 @@ def model(shared):
 
 def test_score_natural_instructions(shared, model, tmp_path, capsys):
     core, out = shared / "data" / "sni_core", tmp_path / "scores.jsonl"
-    code = main(
-        ["score", str(core / "tasks"), "--side-file", str(core / "manifest.json"), "--model", model]
-        + ["--out", str(out), "--limit", "4"]
-    )
-    assert code == 0
+    arguments = ["score", str(core / "tasks"), "--side-file", str(core / "manifest.json")]
+    assert main([*arguments, "--model", model, "--out", str(out), "--limit", "4"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len({row["task"] for row in rows}) == 32
     assert 32 * 4 * 0.9 < len(rows) <= 32 * 4

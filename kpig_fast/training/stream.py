@@ -25,7 +25,6 @@ from transformers import (
 )
 
 from kpig_fast.data.base_model import resolve_model
-from kpig_fast.data.encoding import PromptEncoder
 from kpig_fast.data.files import write_lines
 from kpig_fast.data.lengths import check_collection_lengths
 from kpig_fast.data.schema import Instance, Row, TaskCollection, make_instance
@@ -40,9 +39,9 @@ from kpig_fast.training.data import load_data
 from kpig_fast.training.progress import StepProgress
 from kpig_fast.training.run_config import RunConfig, dump_run_config
 from kpig_fast.training.strategies import STRATEGIES, PlanRequest
-from kpig_fast.training.trainer import TEACHER_FILE, KPIGTrainer
+from kpig_fast.training.trainer import TEACHER_FILE, KPIGTrainer, make_scorer
 
-CONFIG_FILE, ENVIRONMENT_FILE = "config.yaml", "environment.json"
+CONFIG_FILE, ENVIRONMENT_FILE, DATA_REPORT_FILE = "config.yaml", "environment.json", "data_report.txt"
 PLAN_FILE, PREDICTIONS_FILE = "plan.json", "predictions.jsonl"
 MODEL_FOLDER, TRAINER_FOLDER = "model", "trainer"
 
@@ -83,6 +82,7 @@ class Stream:
         collection: tasks and rows.
         steps: task names of every step.
         model, tokenizer: the model as it is now, M_{t-1} before step t.
+        scorer: measures gains with that model.
         progress: show progress bars and print one line a step.
     """
 
@@ -91,6 +91,7 @@ class Stream:
     steps: list[list[str]]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    scorer: KeyPartScorer
     progress: bool = True
 
     @classmethod
@@ -110,14 +111,17 @@ class Stream:
         done = sum(is_complete(step_folder(run, i)) for i in range(len(steps)))
         source = step_folder(run, done - 1) / MODEL_FOLDER if done else resolve_model(config.model)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=config.dtype)
-        stream = cls(config, collection, steps, model, tokenizer, progress)
+        arguments = training_arguments(config, run, 0)
+        model.to(arguments.device)  # type: ignore[arg-type]
+        scorer = make_scorer(model, tokenizer, arguments)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None:
-            stream.collection = check_collection_lengths(
-                collection, stream.encoder, limit, report, strict=config.data.strict
+            collection = check_collection_lengths(
+                collection, scorer.encoder, limit, report, strict=config.data.strict, progress=progress
             )
+        write_lines(run / DATA_REPORT_FILE, [str(report)])
+        stream = cls(config, collection, steps, model, tokenizer, scorer, progress)
         stream.say(str(report))
-        write_lines(run / "data_report.txt", [str(report)])
         return stream
 
     def run(self) -> None:
@@ -135,7 +139,7 @@ class Stream:
         set_seed(self.config.seed + step)
         plan = self.plan(step)
         planned = time.perf_counter()
-        args = self.arguments(folder / TRAINER_FOLDER, step)
+        args = training_arguments(self.config, folder / TRAINER_FOLDER, step)
         instances = self.instances(step, plan)
         trainer = KPIGTrainer(self.model, args, instances, self.tokenizer, progress=self.progress)
         trainer.remove_callback(PrinterCallback)
@@ -162,11 +166,11 @@ class Stream:
         path = step_folder(self.config.output_dir, step) / PLAN_FILE
         if path.exists():
             return ReplayPlan.from_json(path.read_text("utf-8"))
-        replay, arguments = self.config.replay, self.arguments(path.parent / TRAINER_FOLDER, step)
+        replay = self.config.replay
         request = PlanRequest(
             step=step,
             seed=self.config.seed,
-            alpha=arguments.alpha,
+            alpha=self.scorer.alpha,
             n_replay_tasks=replay.tasks,
             n_per_task=replay.instances,
             model_hash=model_hash(self.model),
@@ -195,43 +199,12 @@ class Stream:
 
     def measure(self, instances: Sequence[Instance]) -> list[float]:
         """Information gain of every instance with the model as it is now."""
-        return self._scorer().score(instances, progress=self.progress and bool(instances)).gain.tolist()
-
-    def arguments(self, folder: Path, step: int) -> KPIGConfig:
-        """The Trainer's arguments for one step."""
-        given: dict[str, Any] = {"report_to": "none", "save_strategy": "no", **self.config.training}
-        if not STRATEGIES[self.config.strategy].distils:
-            given["lam"] = 0.0
-        return KPIGConfig(output_dir=str(folder), seed=self.config.seed + step, disable_tqdm=not self.progress, **given)
-
-    @property
-    def encoder(self) -> PromptEncoder:
-        """The prompt encoder that scoring, training and evaluation share."""
-        arguments = self.arguments(self.config.output_dir, 0)
-        return PromptEncoder(
-            self.tokenizer,
-            template=arguments.template,
-            mask_text=arguments.mask_text,
-            end_of_sequence=arguments.end_of_sequence,
-        )
+        return self.scorer.score(instances, progress=self.progress and bool(instances)).gain.tolist()
 
     def say(self, line: str) -> None:
         """Print a line above the progress bars."""
         if self.progress:
             tqdm.write(line)
-
-    def _scorer(self) -> KeyPartScorer:
-        arguments = self.arguments(self.config.output_dir, 0)
-        return KeyPartScorer(
-            self.model.to(arguments.device),  # type: ignore[arg-type]
-            self.tokenizer,
-            alpha=arguments.alpha,
-            tail_tol=arguments.tail_tol,
-            max_tokens=arguments.max_tokens,
-            template=arguments.template,
-            mask_text=arguments.mask_text,
-            end_of_sequence=arguments.end_of_sequence,
-        )
 
     def _draw(self, task: str, step: int) -> list[Draw]:
         ids = [row.id for row in self.train_rows(task)]
@@ -248,10 +221,10 @@ class Stream:
         learnt = self.steps if step == UNTRAINED else self.steps[: step + 1]
         tasks = [name for names in learnt for name in names] + self.collection.names("held_out")
         result = evaluate(
-            self.model.to(self.arguments(folder, 0).device),  # type: ignore[arg-type]
+            self.model,
             self.tokenizer,
             self.collection,
-            encoder=self.encoder,
+            encoder=self.scorer.encoder,
             tasks=tasks,
             split=settings.split,
             limit=settings.limit,
@@ -292,6 +265,14 @@ class Stream:
 
     def _n_complete(self) -> int:
         return sum(is_complete(step_folder(self.config.output_dir, i)) for i in range(len(self.steps)))
+
+
+def training_arguments(config: RunConfig, folder: Path, step: int) -> KPIGConfig:
+    """The Trainer's arguments for one step, which writes to ``folder``."""
+    given: dict[str, Any] = {"report_to": "none", "save_strategy": "no", **config.training}
+    if not STRATEGIES[config.strategy].distils:
+        given["lam"] = 0.0
+    return KPIGConfig(output_dir=str(folder), seed=config.seed + step, disable_tqdm=True, **given)
 
 
 def claim_folder(run: Path, resolved: str) -> None:

@@ -21,6 +21,20 @@ from kpig_fast.tree.model import OutputHead, run_tree, tree_mode
 TEACHER_FILE = "teacher.safetensors"
 
 
+def make_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: KPIGConfig) -> KeyPartScorer:
+    """The scorer that measures what training with ``args`` needs."""
+    return KeyPartScorer(
+        model,
+        tokenizer,
+        alpha=args.alpha,
+        tail_tol=args.tail_tol,
+        max_tokens=args.max_tokens,
+        template=args.template,
+        mask_text=args.mask_text,
+        end_of_sequence=args.end_of_sequence,
+    )
+
+
 class KPIGTrainer(Trainer):
     """Trains one time step: cross-entropy on the complete instances, divergence on the masked ones.
 
@@ -61,16 +75,7 @@ class KPIGTrainer(Trainer):
         )
         # The loss is divided by the response tokens of the whole optimizer batch here, not by the Trainer.
         self.model_accepts_loss_kwargs = True
-        self.scorer = KeyPartScorer(
-            model,
-            processing_class,
-            alpha=args.alpha,
-            tail_tol=args.tail_tol,
-            max_tokens=args.max_tokens,
-            template=args.template,
-            mask_text=args.mask_text,
-            end_of_sequence=args.end_of_sequence,
-        )
+        self.scorer = make_scorer(model, processing_class, args)
         instances = [as_instance(row) for row in train_dataset]
         self.progress = not args.disable_tqdm if progress is None else progress
         self.pairs = self.scorer.encoder.encode_all(instances, progress=self.progress)
