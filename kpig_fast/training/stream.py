@@ -1,8 +1,8 @@
 """The continual run: time steps one after another, each planned, trained, evaluated and kept.
 
 Every step has a folder: ``plan.json`` (all that it decided), ``trainer/`` (the Trainer's output and the teacher),
-``model/``, ``predictions.jsonl``, ``metrics.json`` and, last, ``COMPLETE``. A run that was stopped goes on behind its
-last complete step; a plan that was written is read again, never made again.
+``log.jsonl``, ``model/``, ``predictions.jsonl``, ``metrics.json`` and, last, ``COMPLETE``. A run that was stopped goes
+on behind its last complete step; a plan that was written is read again, never made again.
 """
 
 import json
@@ -42,7 +42,7 @@ from kpig_fast.training.strategies import STRATEGIES, PlanRequest
 from kpig_fast.training.trainer import TEACHER_FILE, KPIGTrainer, make_scorer
 
 CONFIG_FILE, ENVIRONMENT_FILE, DATA_REPORT_FILE = "config.yaml", "environment.json", "data_report.txt"
-PLAN_FILE, PREDICTIONS_FILE = "plan.json", "predictions.jsonl"
+PLAN_FILE, LOG_FILE, PREDICTIONS_FILE = "plan.json", "log.jsonl", "predictions.jsonl"
 MODEL_FOLDER, TRAINER_FOLDER = "model", "trainer"
 
 
@@ -147,6 +147,7 @@ class Stream:
             trainer.add_callback(StepProgress(f"step {step + 1}/{len(self.steps)}"))
         result = trainer.train()
         trained = time.perf_counter()
+        write_lines(folder / LOG_FILE, (json.dumps(entry) for entry in trainer.state.log_history))
         self._save_model(folder)
         (folder / TRAINER_FOLDER / TEACHER_FILE).unlink(missing_ok=True)
         training = {
