@@ -1,0 +1,71 @@
+"""The bundled suite: small text tasks whose instructions carry real constraints, generated without any download.
+
+Every held-out task is a seen task with exactly one key part changed: another delimiter, case, order, length or set of
+labels. A model that half-listens answers it the way that the seen task was answered.
+"""
+
+import random
+
+from kpig_fast.data.schema import Demonstration, Row, Split, Task, TaskCollection
+from kpig_fast.data.suite.tasks import HELD_OUT, SEEN, Design
+
+N_DEMONSTRATIONS = 2
+
+
+def bundled_suite(*, seed: int = 0, n_train: int = 200, n_validation: int = 20, n_test: int = 50) -> TaskCollection:
+    """The seen and held-out tasks with their rows; the same arguments give the same rows.
+
+    Args:
+        seed: of the contexts.
+        n_train: training rows of every seen task; held-out tasks have none.
+        n_validation: validation rows of every task.
+        n_test: test rows of every task.
+
+    No context occurs twice in one task, not even in two splits or as a demonstration.
+    """
+    tasks, rows = [], []
+    for design in (*SEEN, *HELD_OUT):
+        held_out = design.changed_from is not None
+        sizes: dict[Split, int] = {"train": 0 if held_out else n_train, "validation": n_validation, "test": n_test}
+        n_shown = N_DEMONSTRATIONS if held_out else 0
+        contexts = _contexts(design, n_shown + sum(sizes.values()), seed)
+        shown = tuple(Demonstration(context=c, output=design.recipe.answer(c)) for c in contexts[:n_shown])
+        tasks.append(_task(design, shown))
+        rows += _rows(design, contexts[n_shown:], sizes)
+    return TaskCollection.of(tasks, rows)
+
+
+def _contexts(design: Design, count: int, seed: int) -> list[str]:
+    """``count`` different contexts."""
+    rng = random.Random(f"{seed}/{design.name}")
+    contexts: dict[str, None] = {}
+    while len(contexts) < count:
+        contexts[design.recipe.context(rng)] = None
+    return list(contexts)
+
+
+def _task(design: Design, demonstrations: tuple[Demonstration, ...]) -> Task:
+    return Task(
+        task=design.name,
+        category=design.category,
+        role="held_out" if design.changed_from else "seen",
+        instructions=design.wordings(),
+        metric=design.metric,
+        constraints=design.recipe.constraints(),
+        demonstrations=demonstrations,
+        changed_from=design.changed_from,
+    )
+
+
+def _rows(design: Design, contexts: list[str], sizes: dict[Split, int]) -> list[Row]:
+    places: list[tuple[Split, int]] = [(split, index) for split, size in sizes.items() for index in range(size)]
+    return [
+        Row(
+            task=design.name,
+            id=f"{design.name}-{split}-{index}",
+            context=context,
+            outputs=(design.recipe.answer(context),),
+            split=split,
+        )
+        for context, (split, index) in zip(contexts, places, strict=True)
+    ]
