@@ -16,11 +16,13 @@ from torch import Tensor
 
 from kpig_fast.ops.precision import compute_dtype, without_autocast
 
-BLOCK = 128
+BLOCK = 64
 
 
-def _blocks(subtree_end: Tensor, position_ids: Tensor, window: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each query block: its slice, the visible key indices [n], and the hidden pairs as bool [block, n]."""
+def _blocks(
+    subtree_end: Tensor, position_ids: Tensor, window: int | None, groups: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each query block: its slice, the visible key indices [n], and 0 or -inf for each pair [groups · block, n]."""
     tokens = len(subtree_end)
     index = torch.arange(tokens, device=subtree_end.device)
     for start in range(0, tokens, BLOCK):
@@ -33,18 +35,31 @@ def _blocks(subtree_end: Tensor, position_ids: Tensor, window: int | None) -> It
         hidden = (keys > query) | (query >= subtree_end[keys])
         if window is not None:
             hidden |= position_ids[start:stop, None] - position_ids[keys] >= window
-        yield slice(start, stop), keys, hidden
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
+        yield slice(start, stop), keys, bias.repeat(groups, 1)
 
 
-def _scores(q: Tensor, k: Tensor, softcap: float | None, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scores [Hkv, group, block, n] of scaled queries, -inf at hidden pairs; the derivative of the soft-cap if any."""
-    scores = torch.matmul(q.flatten(1, 2), k.transpose(1, 2)).view(*q.shape[:3], k.shape[1])
-    slope = None
-    if softcap is not None:
-        ratio = scores.div_(softcap).tanh_()
-        slope = 1 - ratio * ratio
-        scores = ratio * softcap
-    return scores.masked_fill_(hidden, -math.inf), slope
+def _empty(like: Tensor, size: int) -> Tensor:
+    """[H, T, size] for ``like`` [H, T, d]; token after token in memory, as layers give and take it."""
+    return like.new_empty(like.shape[1], like.shape[0], size).transpose(0, 1)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """[T, Hkv, d] of ``x`` [Hkv, T, d], so that all heads of a token are one piece of memory."""
+    return x.transpose(0, 1).contiguous()
+
+
+def _gather(tokens: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """[Hkv, n, d]: the ``keys`` among ``tokens`` [T, Hkv, d]."""
+    return tokens.index_select(0, keys).to(dtype).transpose(0, 1)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scores [Hkv, groups · block, n], -inf at hidden pairs; the derivative of the soft-cap if any."""
+    if softcap is None:
+        return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale), None
+    ratio = torch.bmm(q, k.transpose(1, 2)).mul_(scale / softcap).tanh_()
+    return torch.add(bias, ratio, alpha=softcap), 1 - ratio * ratio
 
 
 @torch.library.custom_op("kpig_fast::tree_attention", mutates_args=())
@@ -61,27 +76,29 @@ def _tree_attention(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     compute = compute_dtype(q)
-    grouped = q.unflatten(0, (k.shape[0], -1))
-    out = torch.empty(*grouped.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-    lse = torch.empty(grouped.shape[:-1], dtype=compute, device=q.device)
-    for block, keys, hidden in _blocks(subtree_end, position_ids, window):
-        query = grouped[:, :, block].to(compute) * scale
-        scores, _ = _scores(query, k.index_select(1, keys).to(compute), softcap, hidden)
-        top = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
+    keys_by_token, values_by_token = _by_token(k), _by_token(v)
+    out = _empty(q, v.shape[-1])
+    lse = torch.empty(q.shape[:2], dtype=compute, device=q.device)
+    queries, outs, lses = (x.unflatten(0, (k.shape[0], -1)) for x in (q, out, lse))
+    for block, keys, bias in _blocks(subtree_end, position_ids, window, queries.shape[1], compute):
+        query = queries[:, :, block].to(compute)
+        scores, _ = _scores(query.flatten(1, 2), _gather(keys_by_token, keys, compute), scale, softcap, bias)
+        weights = scores.softmax(-1)
+        # Of two row-wise maxima: cheaper than a second pass of exponentials.
+        total = scores.amax(-1).sub_(weights.amax(-1).log_()).view(query.shape[:3])
+        mixed = torch.bmm(weights, _gather(values_by_token, keys, compute)).view(*query.shape[:3], -1)
         if sinks is not None:
-            total += (sinks.to(compute).view(k.shape[0], -1, 1, 1) - top).exp_()
-        lse[:, :, block] = total.log().add_(top)[..., 0]
-        mixed = torch.matmul(weights.flatten(1, 2), v.index_select(1, keys).to(compute))
-        out[:, :, block] = mixed.view(*query.shape[:3], -1).div_(total)
-    return out.flatten(0, 1), lse.flatten(0, 1)
+            with_sinks = torch.logaddexp(total, sinks.to(compute).view(k.shape[0], -1, 1))
+            mixed *= (total - with_sinks).exp_()[..., None]
+            total = with_sinks
+        outs[:, :, block], lses[:, :, block] = mixed, total
+    return out, lse
 
 
 @_tree_attention.register_fake
 def _(q, k, v, subtree_end, position_ids, scale, window, softcap, sinks):
     lse = torch.empty(q.shape[:2], dtype=compute_dtype(q), device=q.device)
-    return torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype, device=q.device), lse
+    return _empty(q, v.shape[-1]), lse
 
 
 @torch.library.custom_op("kpig_fast::tree_attention_backward", mutates_args=())
@@ -100,36 +117,30 @@ def _tree_attention_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     compute = compute_dtype(q)
-    kv_heads = k.shape[0]
-
-    def grouped(x: Tensor) -> Tensor:
-        return x.unflatten(0, (kv_heads, -1))
-
-    queries, grads, totals = grouped(q), grouped(grad), grouped(lse)
-    delta = grouped((grad.to(compute) * out.to(compute)).sum(-1))
-    dq = torch.empty(queries.shape, dtype=q.dtype, device=q.device)
-    dk = torch.zeros(k.shape, dtype=compute, device=k.device)
-    dv = torch.zeros(v.shape, dtype=compute, device=v.device)
-    for block, keys, hidden in _blocks(subtree_end, position_ids, window):
-        query, upstream = queries[:, :, block].to(compute) * scale, grads[:, :, block].to(compute)
-        key, value = k.index_select(1, keys).to(compute), v.index_select(1, keys).to(compute)
-        scores, slope = _scores(query, key, softcap, hidden)
-        weights = scores.sub_(totals[:, :, block, None]).exp_()
-        flat = upstream.flatten(1, 2)
-        dv.index_add_(1, keys, torch.matmul(weights.flatten(1, 2).transpose(1, 2), flat))
-        dscores = torch.matmul(flat, value.transpose(1, 2)).view_as(weights)
-        dscores.sub_(delta[:, :, block, None]).mul_(weights)
+    keys_by_token, values_by_token = _by_token(k), _by_token(v)
+    delta = (grad.to(compute) * out.to(compute)).sum(-1).contiguous()
+    dq = _empty(q, q.shape[-1])
+    dk = torch.zeros(keys_by_token.shape, dtype=compute, device=k.device)
+    dv = torch.zeros(values_by_token.shape, dtype=compute, device=v.device)
+    queries, dqueries, grads, lses, deltas = (x.unflatten(0, (k.shape[0], -1)) for x in (q, dq, grad, lse, delta))
+    for block, keys, bias in _blocks(subtree_end, position_ids, window, queries.shape[1], compute):
+        query, upstream = (x[:, :, block].to(compute).flatten(1, 2) for x in (queries, grads))
+        key, value = _gather(keys_by_token, keys, compute), _gather(values_by_token, keys, compute)
+        scores, slope = _scores(query, key, scale, softcap, bias)
+        weights = scores.sub_(lses[:, :, block].flatten(1, 2)[..., None]).exp_()
+        dv.index_add_(0, keys, torch.bmm(weights.transpose(1, 2), upstream).transpose(0, 1))
+        dscores = torch.bmm(upstream, value.transpose(1, 2))
+        dscores.sub_(deltas[:, :, block].flatten(1, 2)[..., None]).mul_(weights)
         if slope is not None:
             dscores.mul_(slope)
-        dscores = dscores.flatten(1, 2)
-        dq[:, :, block] = torch.matmul(dscores, key).mul_(scale).view_as(query)
-        dk.index_add_(1, keys, torch.matmul(dscores.transpose(1, 2), query.flatten(1, 2)))
-    return dq.view(q.shape), dk.to(k.dtype), dv.to(v.dtype), delta.flatten(0, 1)
+        dqueries[:, :, block] = torch.bmm(dscores, key).mul_(scale).view(queries[:, :, block].shape)
+        dk.index_add_(0, keys, torch.bmm(dscores.transpose(1, 2), query).transpose(0, 1), alpha=scale)
+    return dq, dk.to(k.dtype).transpose(0, 1), dv.to(v.dtype).transpose(0, 1), delta
 
 
 @_tree_attention_backward.register_fake
 def _(grad, q, k, v, out, lse, subtree_end, position_ids, scale, window, softcap):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+    return _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1]), torch.empty_like(lse)
 
 
 def _setup_context(ctx, inputs, output) -> None:
