@@ -13,6 +13,7 @@ from kpig_fast.data.instances import as_instance
 from kpig_fast.data.schema import Instance
 from kpig_fast.method.gain import gains, scored_length
 from kpig_fast.method.masking import MASK_TEXT
+from kpig_fast.tree.model import position_limit
 from kpig_fast.tree.proof import prove
 from kpig_fast.tree.scoring import Branch, BranchScores, Layout, score_branches
 
@@ -40,7 +41,8 @@ class GainScores:
 
     Attributes:
         gain: float64 [n], the information gain G of each instance.
-        complete: n float32 vectors [K_i], log p of the response tokens under the complete instruction.
+        complete: n float32 vectors [K_i], log p of the response tokens under the complete instruction; only of those
+            that ``tail_tol`` asks for.
         masked: the same under the masked instruction.
         stats: tokens, trees and seconds.
         hidden: n tensors [full K_i, D] that predict the response under the masked instruction, if they were kept.
@@ -107,7 +109,9 @@ class KeyPartScorer:
                 positions.
         """
         started = time.perf_counter()
-        pairs = self.encoder.encode_all([as_instance(row) for row in instances], progress=progress)
+        rows = [as_instance(row) for row in instances]
+        pairs = self.encoder.encode_all(rows, progress=progress)
+        self.check_lengths(pairs, names_of(rows), whole=False)
         return self._score(pairs, started, progress, keep_hidden=False)
 
     def score_pairs(
@@ -118,7 +122,27 @@ class KeyPartScorer:
         Raises:
             ValueError: a prompt is longer than the model's positions.
         """
+        self.check_lengths(pairs, whole=keep_hidden)
         return self._score(pairs, time.perf_counter(), progress, keep_hidden)
+
+    def check_lengths(
+        self, pairs: Sequence[EncodedPair], names: Sequence[str] | None = None, *, whole: bool = True
+    ) -> None:
+        """Check that prompts and responses fit into the model's positions; only the scored part unless ``whole``.
+
+        Raises:
+            ValueError: one does not; the message names the first such instance.
+        """
+        limit = position_limit(self.model)
+        for i, pair in enumerate(pairs):
+            response = len(pair.response_ids) if whole else self._n_scored(pair.response_ids)
+            # The last token predicts nothing.
+            length = max(len(pair.complete_ids), len(pair.masked_ids)) + response - 1
+            if limit is not None and response and length > limit:
+                raise ValueError(
+                    f"{names[i] if names else f'instance {i}'} needs {length} positions, but the model has {limit}; "
+                    "shorten its context or drop it"
+                )
 
     def _score(self, pairs: Sequence[EncodedPair], started: float, progress: bool, keep_hidden: bool) -> GainScores:
         branches: list[Branch] = []
@@ -142,9 +166,16 @@ class KeyPartScorer:
             complete=complete,
             masked=masked,
             stats=ScoreStats(layout.tokens, naive, layout.trees, time.perf_counter() - started),
-            hidden=[hidden for i in masked_of if (hidden := scores[i].hidden) is not None],
+            hidden=[scores[i].hidden for i in masked_of] if keep_hidden else [],
         )
 
     def _branch(self, prompt: Sequence[int], response: Sequence[int], keep_hidden: bool) -> Branch:
-        scored = len(response) if self.scored_length is None else min(self.scored_length, len(response))
-        return Branch(np.array([*prompt, *response], np.int32), len(prompt), scored, keep_hidden)
+        return Branch(np.array([*prompt, *response], np.int32), len(prompt), self._n_scored(response), keep_hidden)
+
+    def _n_scored(self, response: Sequence[int]) -> int:
+        return len(response) if self.scored_length is None else min(self.scored_length, len(response))
+
+
+def names_of(instances: Sequence[Instance]) -> list[str]:
+    """How messages name each instance: by its id, else by its number."""
+    return [instance.where if instance.id else f"instance {i}" for i, instance in enumerate(instances)]

@@ -1,8 +1,8 @@
 """The attention that Hugging Face layers call while a model runs on a token tree.
 
-It is registered under one name with transformers' attention interface, together with a mask function that builds
-nothing: the tree's arrays say it all. They travel as keyword arguments of the model's forward, because those (unlike a
-global) are still there when gradient checkpointing runs a layer again in the backward pass.
+It is registered under one name with transformers' attention interface, together with a mask function that only tells
+the window: the tree's arrays say the rest. They travel as keyword arguments of the model's forward, because those
+(unlike a global) are still there when gradient checkpointing runs a layer again in the backward pass.
 """
 
 import warnings
@@ -44,6 +44,8 @@ def _attention(
             "to silence this warning",
             stacklevel=2,
         )
+    # Not every windowed layer names its window to its attention, but every one hands on its mask.
+    windows = [sliding_window, None if attention_mask is None else attention_mask.shape[-1]]
     out = tree_attention(
         query[0],
         key[0],
@@ -51,15 +53,18 @@ def _attention(
         kwargs[SUBTREE_END],
         kwargs[POSITION_IDS],
         scale=scaling,
-        window=sliding_window,
+        window=min((window for window in windows if window is not None), default=None),
         softcap=softcap,
         sinks=s_aux,
     )
     return out.transpose(0, 1)[None], None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+def _mask(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: Any) -> Tensor | None:
+    """What a layer gets as its mask: a tensor (of one element) as wide as its window, nothing without a window."""
+    if use_vmap:
+        raise ValueError("the model combines causal attention with a mask of its own, which a token tree does not know")
+    return None if local_size is None else torch.empty(1).expand(1, 1, 1, local_size)
 
 
 def tree_arguments(subtree_end: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
@@ -68,4 +73,4 @@ def tree_arguments(subtree_end: Tensor, position_ids: Tensor) -> dict[str, Tenso
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)

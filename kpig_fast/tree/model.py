@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -85,6 +86,34 @@ def output_head(model: nn.Module) -> OutputHead:
         softcap=getattr(config, "final_logit_softcapping", None),
         logit_scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
     )
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """How many positions a sequence on a token tree may have; None without a limit.
+
+    A LongRoPE model computes every position otherwise as soon as one of them passes its original context: up to there,
+    a sequence does not depend on what else a tree holds.
+    """
+    config = causal_lm(model).config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [value for value in rope.values() if isinstance(value, dict)]
+    long = [one for one in (rope, *by_layer_type) if one.get("rope_type") == "longrope"]
+    limits = [getattr(config, "max_position_embeddings", None)]
+    limits += [one.get("original_max_position_embeddings") for one in long]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradient; afterwards every module has its own training flag again."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 @contextmanager

@@ -6,14 +6,21 @@ from transformers import PreTrainedModel
 
 from kpig_fast.ops.reference import logits_reference
 from kpig_fast.tree.layout import build
-from kpig_fast.tree.model import OutputHead, UnsupportedModelError, causal_lm, output_head, run_tree, tree_mode
+from kpig_fast.tree.model import (
+    OutputHead,
+    UnsupportedModelError,
+    causal_lm,
+    evaluation_mode,
+    output_head,
+    run_tree,
+    tree_mode,
+)
 
 # Root-mean-square error of the logits, relative to their spread: rounding is far below, a wrong mask far above.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 HALF_TOLERANCE = 5e-2
 
 
-@torch.no_grad()
 def prove(model: nn.Module) -> float:
     """Check that ``model`` gives the same logits on a token tree as on separate sequences; leaves it as it was.
 
@@ -30,13 +37,9 @@ def prove(model: nn.Module) -> float:
             f"models of type {kind!r} cut their attention into chunks by position, which a token tree does not know"
         )
     sequences = _branches(lm.config.get_text_config().vocab_size)
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         apart = torch.cat([_logits_apart(lm, sequence) for sequence in sequences])
         together = _logits_together(model, sequences, kind)
-    finally:
-        model.train(training)
     error = float((together - apart).square().mean().sqrt() / apart.std())
     if not error <= TOLERANCE.get(output_head(model).weight.dtype, HALF_TOLERANCE):
         raise UnsupportedModelError(

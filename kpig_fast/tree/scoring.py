@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from kpig_fast.ops.response_logprob import response_logprob
 from kpig_fast.tree.layout import TokenTree, pack
-from kpig_fast.tree.model import OutputHead, causal_lm, run_tree, tree_mode
+from kpig_fast.tree.model import OutputHead, causal_lm, evaluation_mode, output_head, run_tree, tree_mode
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class BranchScores:
-    """``log_probs`` float32 [scored]; ``hidden`` [K, D] in the model's dtype where asked for. Both on the CPU."""
+    """``log_probs`` float32 [scored]; ``hidden`` in the model's dtype, [K, D] or, not asked for, [0, D]. On the CPU."""
 
     log_probs: Tensor
-    hidden: Tensor | None
+    hidden: Tensor
 
 
 @dataclass
@@ -61,34 +61,24 @@ def score_branches(
 
     Returns:
         One result a branch, in order.
-
-    Raises:
-        ValueError: a branch is longer than the model's positions.
     """
-    _check_positions(model, branches)
-    empty = BranchScores(torch.zeros(0), None)
-    results = [empty] * len(branches)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), tree_mode(model), tqdm(
-            total=len(branches), desc=progress, unit="branch", leave=None, disable=progress is None
-        ) as bar:  # fmt: skip
-            todo = list(range(len(branches)))
-            while todo:
-                try:
-                    for index, scores in _run(model, branches, todo, max_tokens, layout):
-                        results[index] = scores
-                        bar.update()
-                    break
-                except torch.OutOfMemoryError:
-                    if max_tokens <= 1:
-                        raise
-                    max_tokens //= 2
-                    todo = [index for index in todo if results[index] is empty]
-    finally:
-        model.train(training)
-    return results
+    # A tree serves no branch with an empty response.
+    nothing = BranchScores(torch.zeros(0), output_head(model).weight.detach()[:0].cpu())
+    results = {i: nothing for i, branch in enumerate(branches) if branch.start == len(branch.ids)}
+    bar = tqdm(
+        total=len(branches), initial=len(results), desc=progress, unit="branch", leave=None, disable=progress is None
+    )
+    with bar, evaluation_mode(model), tree_mode(model):
+        while todo := [i for i in range(len(branches)) if i not in results]:
+            try:
+                for index, scores in _run(model, branches, todo, max_tokens, layout):
+                    results[index] = scores
+                    bar.update()
+            except torch.OutOfMemoryError:
+                if max_tokens <= 1:
+                    raise
+                max_tokens //= 2
+    return [results[i] for i in range(len(branches))]
 
 
 def _run(
@@ -120,17 +110,7 @@ def _score_tree(
     log_probs = log_probs.float().cpu()
     start = 0
     for i, branch in enumerate(branches):
-        kept = hidden.index_select(0, tree.rows_of(i).to(device)).cpu() if branch.keeps_hidden else None
+        kept = hidden.index_select(0, tree.rows_of(i)[: None if branch.keeps_hidden else 0].to(device)).cpu()
         stop = start + min(branch.scored, len(branch.ids) - branch.start)
         yield BranchScores(log_probs[start:stop], kept)
         start = stop
-
-
-def _check_positions(model: nn.Module, branches: Sequence[Branch]) -> None:
-    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
-    for index, branch in enumerate(branches):
-        if limit is not None and len(branch.ids) - 1 > limit:
-            raise ValueError(
-                f"sequence {index} has {len(branch.ids)} tokens, but the model has {limit} positions; "
-                "shorten its context or drop it"
-            )
