@@ -79,7 +79,9 @@ def _score(arguments: argparse.Namespace) -> None:
     # Only then is torch imported: bad data is named at once.
     instances, report = _instances_to_score(arguments)
     scorer = _load_scorer(arguments)
-    limit = getattr(scorer.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr]
+    from kpig_fast.tree.model import position_limit
+
+    limit = position_limit(scorer.model)
     if limit is not None:
         instances = check_lengths(instances, scorer.encoder, limit, report, strict=arguments.strict)
     print(report)
@@ -185,11 +187,13 @@ def _train(arguments: argparse.Namespace) -> None:
     config = load_run_config(arguments.config, overrides)
     from transformers.utils.logging import disable_progress_bar
 
+    from kpig_fast.report.html import REPORT_FILE, write_run_outputs
     from kpig_fast.training.stream import Stream
 
     disable_progress_bar()
-    Stream.open(config, progress=not arguments.quiet).run()
+    Stream.open(config, after_step=write_run_outputs, progress=not arguments.quiet).run()
     _print_comparison([config.output_dir])
+    print(f"wrote {config.output_dir / REPORT_FILE}")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
@@ -198,9 +202,9 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from kpig_fast.report.html import write_report
+    from kpig_fast.report.html import write_comparison
 
-    page = write_report({run.name: run for run in arguments.runs}, arguments.out)
+    page = write_comparison({run.name: run for run in arguments.runs}, arguments.out)
     _print_comparison(arguments.runs)
     print(f"wrote {page}")
 

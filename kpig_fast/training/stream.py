@@ -9,7 +9,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,17 @@ from kpig_fast.data.lengths import check_collection_lengths
 from kpig_fast.data.schema import Instance, Row, TaskCollection, make_instance
 from kpig_fast.environment import environment
 from kpig_fast.evaluation.evaluate import evaluate
-from kpig_fast.evaluation.runs import UNTRAINED, StepMetrics, is_complete, mark_complete, step_folder, write_metrics
+from kpig_fast.evaluation.runs import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    PLAN_FILE,
+    UNTRAINED,
+    StepMetrics,
+    is_complete,
+    mark_complete,
+    step_folder,
+    write_metrics,
+)
 from kpig_fast.method.replay import Draw, ReplayPlan, assign_instructions, draw
 from kpig_fast.scorer import KeyPartScorer
 from kpig_fast.teacher import model_hash
@@ -40,10 +50,14 @@ from kpig_fast.training.progress import StepProgress
 from kpig_fast.training.run_config import RunConfig, dump_run_config
 from kpig_fast.training.strategies import STRATEGIES, PlanRequest
 from kpig_fast.training.trainer import TEACHER_FILE, KPIGTrainer, make_scorer
+from kpig_fast.tree.model import position_limit
 
-CONFIG_FILE, ENVIRONMENT_FILE, DATA_REPORT_FILE = "config.yaml", "environment.json", "data_report.txt"
-PLAN_FILE, LOG_FILE, PREDICTIONS_FILE = "plan.json", "log.jsonl", "predictions.jsonl"
+DATA_REPORT_FILE, LOG_FILE, PREDICTIONS_FILE = "data_report.txt", "log.jsonl", "predictions.jsonl"
 MODEL_FOLDER, TRAINER_FOLDER = "model", "trainer"
+
+
+def _nothing(_: Path) -> None:
+    pass
 
 
 def make_steps(collection: TaskCollection, config: RunConfig) -> list[list[str]]:
@@ -83,6 +97,7 @@ class Stream:
         steps: task names of every step.
         model, tokenizer: the model as it is now, M_{t-1} before step t.
         scorer: measures gains with that model.
+        after_step: called with the run's folder whenever a step is complete, such as to write a report.
         progress: show progress bars and print one line a step.
     """
 
@@ -92,10 +107,13 @@ class Stream:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     scorer: KeyPartScorer
+    after_step: Callable[[Path], object] = _nothing
     progress: bool = True
 
     @classmethod
-    def open(cls, config: RunConfig, *, progress: bool = True) -> "Stream":
+    def open(
+        cls, config: RunConfig, *, after_step: Callable[[Path], object] = _nothing, progress: bool = True
+    ) -> "Stream":
         """Check everything that can be checked before training, and load the model of the last complete step.
 
         Raises:
@@ -114,13 +132,13 @@ class Stream:
         arguments = training_arguments(config, run, 0)
         model.to(arguments.device)  # type: ignore[arg-type]
         scorer = make_scorer(model, tokenizer, arguments)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = position_limit(model)
         if limit is not None:
             collection = check_collection_lengths(
                 collection, scorer.encoder, limit, report, strict=config.data.strict, progress=progress
             )
         write_lines(run / DATA_REPORT_FILE, [str(report)])
-        stream = cls(config, collection, steps, model, tokenizer, scorer, progress)
+        stream = cls(config, collection, steps, model, tokenizer, scorer, after_step, progress)
         stream.say(str(report))
         return stream
 
@@ -245,6 +263,7 @@ class Stream:
         )
         write_metrics(run, metrics)
         mark_complete(folder)
+        self.after_step(run)
         self.say(_line(metrics, len(self.steps)))
 
     def _mean_gains(self, tasks: Sequence[str]) -> dict[str, float]:
