@@ -91,6 +91,7 @@ def test_gradient_checkpointing(family: str, attention_calls: list[int]) -> None
     assert len(set(attention_calls)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:The following")
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_lora_adapter_on_all_projections(family: str) -> None:
     torch.manual_seed(1)
