@@ -27,7 +27,7 @@ class Teacher:
     Attributes:
         gain: float64 [n], G of each instance.
         offsets: int64 [n + 1]; the masked response rows of instance i are ``offsets[i] : offsets[i + 1]``.
-        weight, bias: the old head [V, D], [V], if it is trained on; None where the model's own still is the old one.
+        weight, bias: the old head [V, D], [V]; None what is not trained, so that the model's own stays the old one.
 
     Raises:
         ValueError: the file is no teacher, is damaged, or ``key`` names other content.
@@ -86,10 +86,8 @@ def make_teacher(
     lengths = torch.tensor([0, *(len(hidden) for hidden in scores.hidden)])
     tensors = {"gain": scores.gain, "offsets": lengths.cumsum(0), "hidden": torch.cat(scores.hidden)}
     head = output_head(scorer.model)
-    if head.weight.requires_grad:
-        tensors["weight"] = head.weight.detach().cpu().clone()
-        if head.bias is not None:
-            tensors["bias"] = head.bias.detach().cpu().clone()
+    trained = {"weight": head.weight, "bias": head.bias}
+    tensors |= {name: x.detach().cpu() for name, x in trained.items() if x is not None and x.requires_grad}
     partial = path.with_name(path.name + ".partial")
     metadata = {"format": _FORMAT, "key": key, "sha256": _checksum(tensors)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
