@@ -204,16 +204,26 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from kpig_fast.report.html import write_comparison
 
-    page = write_comparison({run.name: run for run in arguments.runs}, arguments.out)
+    page = write_comparison(_by_name(arguments.runs), arguments.out)
     _print_comparison(arguments.runs)
     print(f"wrote {page}")
+
+
+def _by_name(runs: Sequence[Path]) -> dict[str, Path]:
+    """The runs by the shortest ends of their paths that tell them apart. Raises ValueError for a run given twice."""
+    paths = [run.resolve() for run in runs]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return dict(zip(names, runs))
+    raise ValueError(f"a run is given twice among {', '.join(map(str, runs))}; name each once")
 
 
 def _print_comparison(runs: Sequence[Path]) -> None:
     from kpig_fast.evaluation.runs import read_run
     from kpig_fast.report.tables import comparison_table
 
-    print(comparison_table({run.name: read_run(run) for run in runs}))
+    print(comparison_table({name: read_run(run) for name, run in _by_name(runs).items()}))
 
 
 def _env(_: argparse.Namespace) -> None:

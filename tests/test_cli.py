@@ -8,7 +8,7 @@ import sys
 import pytest
 from small_run import write_config
 
-from kpig_fast.cli import main
+from kpig_fast.cli import _by_name, main
 
 
 @pytest.fixture
@@ -61,6 +61,14 @@ def test_train_runs_prints_and_reports(small_folder, tmp_path, capsys):
     assert "held" in capsys.readouterr().out
     assert main(["report", str(run), "--out", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "report.html").stat().st_size > 1000
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [tmp_path / "a" / "kpig", tmp_path / "b" / "kpig"]
+    assert list(_by_name(runs)) == ["a/kpig", "b/kpig"]
+    assert list(_by_name(runs[:1])) == ["kpig"]
+    with pytest.raises(ValueError, match="given twice"):
+        _by_name([runs[0], runs[0]])
 
 
 @pytest.mark.parametrize(

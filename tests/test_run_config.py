@@ -37,6 +37,7 @@ def test_overrides_reach_into_sections_that_are_absent(tmp_path):
         ({"replay": {"task": 3}}, "unknown key 'replay.task'.*did you mean 'tasks'"),
         ({"training": {"learning_rat": 1}}, "unknown training argument 'learning_rat'.*did you mean 'learning_rate'"),
         ({"training": {"seed": 1}}, "training.seed is set by the run"),
+        ({"training": {"hub_token": "x"}}, "set HF_TOKEN instead"),
         ({"strategy": "kipg"}, "strategy: Input should be 'kpig', 'sft', 'replay' or 'joint', got 'kipg'"),
         ({"replay": {"tasks": -1}}, "replay.tasks: .*greater than or equal to 0, got -1"),
         ({"data": {"source": "folder"}}, "data source 'folder' needs a path"),

@@ -51,10 +51,15 @@ def as_object(value: Any) -> dict[str, Any]:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write lines as UTF-8; nobody ever sees half a file. Parent folders are made."""
+    write_bytes(path, (f"{line}\n".encode() for line in lines))
+
+
+def write_bytes(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write the pieces one after another; nobody ever sees half a file. Parent folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
+    with partial.open("wb") as file:
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -1,10 +1,9 @@
 """Reports in files: ``report.html``, which needs no other file, and the plots, tables and figures beside it."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from kpig_fast.data.files import write_lines
+from kpig_fast.data.files import write_bytes, write_lines
 from kpig_fast.evaluation.runs import read_run, steps_csv, summarise
 from kpig_fast.report.page import make_section, render_page
 from kpig_fast.report.plots import plot_curves, plot_tasks
@@ -27,7 +26,7 @@ def write_report(runs: Mapping[str, Path], folder: Path) -> Path:
     curves = plot_curves(histories)
     heat_maps = {name: plot_tasks(name, history) for name, history in histories.items()}
     for plot in (*curves, *heat_maps.values()):
-        _write_image(folder / PLOTS_FOLDER / f"{plot.name}.png", plot.png)
+        write_bytes(folder / PLOTS_FOLDER / f"{plot.name}.png", [plot.png])
     sections = [make_section(name, run, histories[name], heat_maps[name]) for name, run in runs.items()]
     write_lines(folder / REPORT_FILE, [render_page(histories, sections, curves)])
     return folder / REPORT_FILE
@@ -53,10 +52,3 @@ def write_comparison(runs: Mapping[str, Path], folder: Path) -> Path:
     write_lines(folder / "comparison.md", [comparison_table(histories, "markdown")])
     write_lines(folder / "comparison.csv", [comparison_table(histories, "csv")])
     return write_report(runs, folder)
-
-
-def _write_image(path: Path, png: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(png)
-    os.replace(partial, path)

@@ -104,6 +104,8 @@ class RunConfig(_Section):
         for name in self.training:
             if name in _OWN_ARGUMENTS:
                 raise ValueError(f"training.{name} is set by the run; remove it (seed and output_dir stand at the top)")
+            if name == "hub_token":
+                raise ValueError("training.hub_token would be written into the run's folder; set HF_TOKEN instead")
             if name not in known:
                 raise ValueError(f"unknown training argument {name!r}{nearest(name, known)}")
         return self

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from kpig_fast.data.encoding import EncodedPair
 from kpig_fast.data.instances import as_instance
 from kpig_fast.data.schema import Instance
 from kpig_fast.method.objective import temperature
 from kpig_fast.ops.linear_kpig_loss import KPIGLoss, linear_kpig_loss
-from kpig_fast.scorer import KeyPartScorer
+from kpig_fast.scorer import KeyPartScorer, names_of
 from kpig_fast.teacher import Teacher, make_teacher
 from kpig_fast.training.batches import Forest, ForestCollator, GroupedSampler, TrainingExample
 from kpig_fast.training.config import KPIGConfig
@@ -51,7 +52,8 @@ class KPIGTrainer(Trainer):
 
     Raises:
         UnsupportedModelError: the model does not give the same result on a token tree.
-        ValueError: a row is no instance, a key part does not occur, or a prompt is longer than the model's positions.
+        ValueError: a row is no instance, a key part does not occur, a response is empty, or an instance is longer than
+            the model's positions; an argument asks for what this trainer does not do.
     """
 
     args: KPIGConfig
@@ -66,6 +68,7 @@ class KPIGTrainer(Trainer):
         progress: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        _check(args, kwargs)
         super().__init__(
             model=model,  # type: ignore[arg-type]
             args=args,
@@ -79,6 +82,8 @@ class KPIGTrainer(Trainer):
         instances = [as_instance(row) for row in train_dataset]
         self.progress = not args.disable_tqdm if progress is None else progress
         self.pairs = self.scorer.encoder.encode_all(instances, progress=self.progress)
+        _check_pairs(self.pairs, names_of(instances))
+        self.scorer.check_lengths(self.pairs, names_of(instances))
         wordings: dict[str, int] = {}
         self.groups = [wordings.setdefault(i.instruction, len(wordings)) for i in instances]
         self.teacher: Teacher | None = None
@@ -181,3 +186,21 @@ class KPIGTrainer(Trainer):
         """Estimate: 6 operations a parameter and laid-out token."""
         tokens = sum(len(forest.tree) for forest in inputs["forests"])
         return 6 * tokens * sum(p.numel() for p in self.model.parameters())  # type: ignore[union-attr]
+
+
+def _check(args: KPIGConfig, given: Mapping[str, Any]) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would copy the model, which a token tree cannot follow; "
+            "start one process for each with accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+        )
+    if given.get("eval_dataset") is not None:
+        raise ValueError("KPIGTrainer takes no eval_dataset; score answers with kpig_fast.evaluation.evaluate instead")
+
+
+def _check_pairs(pairs: Sequence[EncodedPair], names: Sequence[str]) -> None:
+    if not pairs:
+        raise ValueError("train_dataset is empty; give at least one instance")
+    for pair, name in zip(pairs, names):
+        if not pair.response_ids:
+            raise ValueError(f"{name} has an empty response; drop it or keep the end-of-sequence token")
