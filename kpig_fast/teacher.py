@@ -73,15 +73,12 @@ def make_teacher(
         progress: show a progress bar.
 
     Raises:
-        ValueError: a file of another model or other data lies at ``path``, or a response is empty.
+        ValueError: a file of another model or other data lies at ``path``.
     """
     path = Path(path)
     key = _key(scorer, pairs)
     if path.exists():
         return Teacher(path, key)
-    empty = [i for i, pair in enumerate(pairs) if not pair.response_ids]
-    if empty:
-        raise ValueError(f"instance {empty[0]} has an empty response; drop it or keep the end-of-sequence token")
     scores = scorer.score_pairs(pairs, keep_hidden=True, progress=progress)
     lengths = torch.tensor([0, *(len(hidden) for hidden in scores.hidden)])
     tensors = {"gain": scores.gain, "offsets": lengths.cumsum(0), "hidden": torch.cat(scores.hidden)}

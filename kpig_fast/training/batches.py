@@ -82,7 +82,7 @@ class ForestCollator:
 def _forest(tree: TokenTree, examples: Sequence[TrainingExample]) -> Forest:
     no_rows = torch.empty(0, dtype=torch.int64)
     rows, target, masked_rows, teacher_rows = [no_rows], [no_rows], [no_rows], [no_rows]
-    temperatures, repeats = [], []
+    temperature = [torch.empty(0)]
     for i, sequence in enumerate(tree.sequences.tolist()):
         example = examples[sequence % len(examples)]
         length = len(example.pair.response_ids)
@@ -92,15 +92,14 @@ def _forest(tree: TokenTree, examples: Sequence[TrainingExample]) -> Forest:
         else:
             masked_rows.append(tree.rows_of(i))
             teacher_rows.append(torch.arange(example.teacher_row, example.teacher_row + length))
-            temperatures.append(example.temperature)
-            repeats.append(length)
+            temperature.append(torch.full((length,), example.temperature))
     return Forest(
         tree=tree,
         rows=torch.cat(rows),
         target=torch.cat(target),
         masked_rows=torch.cat(masked_rows),
         teacher_rows=torch.cat(teacher_rows),
-        temperature=torch.tensor(temperatures).repeat_interleave(torch.tensor(repeats, dtype=torch.int64)),
+        temperature=torch.cat(temperature),
     )
 
 

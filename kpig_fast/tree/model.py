@@ -139,7 +139,8 @@ def tree_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        del lm.forward
+        # Not del: a wrapper may have taken it away again.
+        vars(lm).pop("forward", None)
         if own_forward is not None:
             lm.forward = own_forward
         lm.set_attn_implementation(before)

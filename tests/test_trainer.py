@@ -1,0 +1,407 @@
+"""``KPIGTrainer`` against the method's formula with everything in the loop, and whatever must not change its result."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation_models import byte_tokenizer
+from families import make_model
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kpig_fast import Instance, KeyPartScorer, KPIGConfig, KPIGTrainer
+from kpig_fast.data.encoding import EncodedPair
+from kpig_fast.method.objective import jsd_bits, kpig_loss, temperature
+from kpig_fast.training.batches import GroupedSampler
+
+TOKENIZER = byte_tokenizer()
+EVEN = 'Answer "yes" or "no" in capitals: is the number even?'
+HELLO = "Greet the person in small letters."
+INSTANCES = [
+    *(
+        Instance(EVEN, "NO" if n % 2 else "YES", str(n), ('"yes" or "no"', "capitals"), id=f"even-{n}")
+        for n in range(8)
+    ),
+    *(Instance(HELLO, f"hello {name}", name.title(), ("small letters",)) for name in ("ann", "bo", "cleo")),
+    Instance("Nothing is masked here.", "indeed"),
+]
+
+
+def tiny(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+    return make_model(family, dtype=dtype, vocab_size=len(TOKENIZER), **options)
+
+
+def config(folder: Path, **changes: Any) -> KPIGConfig:
+    """Three steps over twelve instances with plain gradient descent, so that the weights show the gradients."""
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lam": 3.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return KPIGConfig(**{**defaults, **changes})
+
+
+class Recorded(KPIGTrainer):
+    """Keeps the loss of every micro-batch, as exact as it is."""
+
+    losses: list[float]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.losses = [*getattr(self, "losses", []), float(loss)]
+        return loss
+
+    @property
+    def step_losses(self) -> list[float]:
+        n = self.args.gradient_accumulation_steps
+        return [sum(self.losses[i : i + n]) for i in range(0, len(self.losses), n)]
+
+
+def train(folder: Path, model: nn.Module | None = None, instances: list[Instance] = INSTANCES, **changes) -> Recorded:
+    model = tiny() if model is None else model
+    trainer = Recorded(model, config(folder, **changes), instances, TOKENIZER)
+    trainer.train()
+    return trainer
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: x.detach().clone() for name, x in model.state_dict().items()}
+
+
+def assert_same_weights(model: nn.Module, expected: dict[str, Tensor], start: dict[str, Tensor], rel: float) -> None:
+    """What training changed agrees: the error of the whole change, relative to it."""
+    found = weights(model)
+    error = sum(float((found[name] - x).double().square().sum()) for name, x in expected.items())
+    change = sum(float((start[name] - x).double().square().sum()) for name, x in expected.items())
+    assert change > 0
+    assert (error / change) ** 0.5 <= rel
+
+
+def response_logits(model: nn.Module, prompt: list[int], pair: EncodedPair) -> Tensor:
+    ids = torch.tensor([[*prompt, *pair.response_ids]])
+    return model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+
+
+def train_by_the_formula(model: PreTrainedModel, args: KPIGConfig) -> list[float]:
+    """The method as it is written: separate sequences, full logits, the teacher in the loop; the loss of each step."""
+    teacher = copy.deepcopy(model)
+    scorer = KeyPartScorer(model, TOKENIZER)
+    pairs, scores = scorer.encoder.encode_all(INSTANCES), scorer.score(INSTANCES)
+    instructions = list(dict.fromkeys(i.instruction for i in INSTANCES))
+    groups = [instructions.index(i.instruction) for i in INSTANCES]
+    losses = []
+    for epoch in range(int(args.num_train_epochs)):
+        sampler = GroupedSampler(groups, 4, args.seed)
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        for batch in (order[:4], order[4:8], order[8:]):
+            log_probs, divergences = [], []
+            for i in batch:
+                response = torch.tensor(pairs[i].response_ids)
+                complete = response_logits(model, pairs[i].complete_ids, pairs[i]).log_softmax(-1)
+                log_probs.append(complete.gather(1, response[:, None])[:, 0])
+                with torch.no_grad():
+                    target = response_logits(teacher, pairs[i].masked_ids, pairs[i])
+                student = response_logits(model, pairs[i].masked_ids, pairs[i])
+                beta = args.fixed_temperature or temperature(float(scores.gain[i]))
+                divergences.append(jsd_bits(student, target, beta))
+            tokens = sum(len(pairs[i].response_ids) for i in batch)
+            loss = kpig_loss(torch.cat(log_probs), torch.cat(divergences), args.lam, tokens)
+            model.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter -= args.learning_rate * parameter.grad
+            losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"lam": 0.0}),
+        ("llama", {"fixed_temperature": 1.7, "num_train_epochs": 2}),
+        ("gemma2", {}),
+        ("granite", {}),
+        ("phi", {"max_tokens": 60}),
+        ("gpt2", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+    ],
+    ids=str,
+)
+def test_is_the_formula(tmp_path: Path, family: str, changes: dict) -> None:
+    args = config(tmp_path, **changes)
+    formula, start = tiny(family, torch.float64), weights(tiny(family, torch.float64))
+    losses = train_by_the_formula(formula, args)
+    trainer = train(tmp_path, tiny(family, torch.float64), **changes)
+    assert trainer.step_losses == pytest.approx(losses, rel=1e-6)
+    assert len(losses) == 3 * args.num_train_epochs
+    assert_same_weights(trainer.model, weights(formula), start, 1e-5)
+    if args.lam:
+        # The divergence had a say: it is 0 at the first step, and the model then leaves its teacher.
+        logged = [entry["jsd"] for entry in trainer.state.log_history if "jsd" in entry]
+        assert logged[0] == pytest.approx(0, abs=1e-9)
+        assert logged[-1] > 1e-3
+
+
+def test_the_divergence_changes_the_result(tmp_path: Path) -> None:
+    with_it, without = train(tmp_path / "a"), train(tmp_path / "b", lam=0.0)
+    assert with_it.step_losses[0] == pytest.approx(without.step_losses[0], rel=1e-6)
+    assert abs(with_it.step_losses[2] - without.step_losses[2]) > 1e-3
+    assert without.teacher is None
+    assert not (tmp_path / "b" / "teacher.safetensors").exists()
+
+
+def test_plain_cross_entropy_is_the_models_own_loss(tmp_path: Path) -> None:
+    model = tiny()
+    trainer = Recorded(model, config(tmp_path, lam=0.0, per_device_train_batch_size=12), INSTANCES, TOKENIZER)
+    losses, tokens = [], 0
+    for pair in trainer.pairs:
+        ids = torch.tensor([[*pair.complete_ids, *pair.response_ids]])
+        labels = torch.tensor([[-100] * len(pair.complete_ids) + list(pair.response_ids)])
+        with torch.no_grad():
+            losses.append(float(model(input_ids=ids, labels=labels).loss) * len(pair.response_ids))
+        tokens += len(pair.response_ids)
+    trainer.train()
+    assert trainer.step_losses == pytest.approx([sum(losses) / tokens], rel=1e-6)
+
+
+# What must not change the result
+
+
+SIX = {"per_device_train_batch_size": 6, "num_train_epochs": 4}
+ADAM = {**SIX, "optim": "adamw_torch", "learning_rate": 2e-3}
+# Adam divides each gradient by its own size: where that is nothing but rounding, only float64 shows the invariance.
+SETTINGS = {
+    "float32": (torch.float32, {"learning_rate": 0.02, "max_grad_norm": 1.0}),
+    "float64": (torch.float64, {"learning_rate": 2e-3, "optim": "adamw_torch"}),
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Recorded]:
+    """A training of eight steps with one micro-batch and one tree each."""
+    dtype, options = SETTINGS[request.param]
+    trainer = train(tmp_path_factory.mktemp("whole"), tiny(dtype=dtype), **SIX, **options)
+    assert len(trainer.losses) == 8
+    assert trainer.losses[-1] < 0.9 * trainer.losses[0]
+    return request.param, trainer
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6},
+        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
+        {"max_tokens": 1},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_tokens": 90},
+        {"gradient_checkpointing": True},
+        {"dataloader_num_workers": 1},
+    ],
+    ids=str,
+)
+def test_any_cut_of_the_batch_gives_the_same(tmp_path: Path, cut: dict, whole: tuple[str, Recorded]) -> None:
+    name, expected = whole
+    dtype, options = SETTINGS[name]
+    trainer = train(tmp_path, tiny(dtype=dtype), **{**SIX, **options, **cut})
+    residuals = [(a - b) / b for a, b in zip(trainer.step_losses, expected.losses, strict=True)]
+    assert max(map(abs, residuals)) <= 1e-5
+    # Rounding to both sides, no drift to one.
+    assert abs(sum(residuals) / len(residuals)) <= 1e-7
+    assert_same_weights(trainer.model, weights(expected.model), weights(tiny(dtype=dtype)), 1e-5)
+
+
+@pytest.mark.parametrize("uneven", [5, 7])
+def test_an_uneven_last_batch_is_normalised_by_its_own_tokens(tmp_path: Path, uneven: int) -> None:
+    instances = INSTANCES[:uneven]
+    one = train(tmp_path / "one", instances=instances, per_device_train_batch_size=4)
+    many = train(tmp_path / "many", instances=instances, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    losses = [sum(many.losses[:4]), sum(many.losses[4:])]
+    assert losses == pytest.approx(one.step_losses, rel=1e-5)
+    assert_same_weights(many.model, weights(one.model), weights(tiny()), 1e-5)
+
+
+def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
+    first, second = (train(tmp_path / name, **ADAM) for name in "ab")
+    other = train(tmp_path / "c", **ADAM, seed=43)
+    expected = weights(first.model)
+    assert all(torch.equal(x, expected[name]) for name, x in weights(second.model).items())
+    assert first.losses == second.losses
+    assert first.losses != other.losses
+
+
+def test_resumed_training_gives_the_same_bits(tmp_path: Path) -> None:
+    options = {**ADAM, "save_strategy": "steps", "save_steps": 3}
+    straight = train(tmp_path, **options)
+    checkpoint = tmp_path / "checkpoint-3"
+    again = Recorded(tiny(), config(tmp_path, **options), INSTANCES, TOKENIZER)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert again.losses == straight.losses[3:]
+    expected = weights(straight.model)
+    assert all(torch.equal(x, expected[name]) for name, x in weights(again.model).items())
+
+
+# Adapters, precision, what is left behind
+
+
+def test_lora_trains_only_its_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    before = weights(model)
+    wanted = []
+    own = torch.ops.kpig_fast.linear_kpig_loss
+
+    def recorded(*args: Any) -> Any:
+        wanted.append(args[-3:])
+        return own(*args)
+
+    monkeypatch.setattr(torch.ops.kpig_fast, "linear_kpig_loss", recorded)
+    trainer = train(tmp_path, model, optim="adamw_torch", learning_rate=1e-2, num_train_epochs=4)
+    assert trainer.step_losses[-1] < 0.8 * trainer.step_losses[0]
+    changed = {name for name, x in weights(model).items() if not torch.equal(x, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert trainer.teacher is not None
+    assert trainer.teacher.weight is None
+    # The frozen head asks for no gradient of its own.
+    assert set(wanted) == {(True, False, False)}
+
+
+def test_mixed_precision_trains_and_leaves_no_wrapper(tmp_path: Path) -> None:
+    exact = train(tmp_path / "a", **ADAM)
+    model = tiny()
+    mixed = train(tmp_path / "b", model, **ADAM, bf16=True)
+    assert mixed.step_losses == pytest.approx(exact.step_losses, rel=2e-2)
+    assert mixed.step_losses != exact.step_losses
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert "forward" not in vars(model)
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, len(TOKENIZER))
+
+
+def test_bf16_weights_train(tmp_path: Path) -> None:
+    trainer = train(tmp_path, tiny(dtype=torch.bfloat16), **ADAM)
+    assert trainer.step_losses[-1] < 0.95 * trainer.step_losses[0]
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+
+
+def test_checkpoints_load_without_the_package(tmp_path: Path) -> None:
+    trainer = train(tmp_path, save_strategy="steps", save_steps=3)
+    folder = tmp_path / "checkpoint-3"
+    assert "kpig" not in (folder / "config.json").read_text("utf-8")
+    assert "kpig" not in (folder / "generation_config.json").read_text("utf-8")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.config._attn_implementation == "sdpa"
+    for name, x in weights(trainer.model).items():
+        assert torch.equal(loaded.state_dict()[name], x)
+
+
+def test_the_model_answers_with_its_own_attention_afterwards(tmp_path: Path) -> None:
+    model = tiny()
+    train(tmp_path, model)
+    assert model.config._attn_implementation == "sdpa"
+    assert "forward" not in vars(model)
+    fresh = tiny()
+    fresh.load_state_dict(model.state_dict())
+    model.eval()
+    ids = torch.tensor([[5, 9, 40, 7]])
+    answers = [
+        lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        for lm in (model, fresh)
+    ]
+    assert torch.equal(*answers)
+
+
+def test_an_interrupted_training_gives_the_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(KPIGTrainer, "compute_loss", fails)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, model)
+    assert model.config._attn_implementation == "sdpa"
+    assert "forward" not in vars(model)
+
+
+def test_a_second_training_starts_from_a_new_teacher(tmp_path: Path) -> None:
+    model = tiny()
+    train(tmp_path / "0", model)
+    second = train(tmp_path / "1", model)
+    logged = [entry["jsd"] for entry in second.state.log_history if "jsd" in entry]
+    assert logged[0] == pytest.approx(0, abs=1e-7)
+    with pytest.raises(ValueError, match="belongs to another model or other data; delete it to make it again"):
+        train(tmp_path / "1", model)
+
+
+def test_logs(tmp_path: Path) -> None:
+    trainer = train(tmp_path)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in entries] == [1, 2, 3]
+    for entry, loss in zip(entries, trainer.step_losses, strict=True):
+        assert entry["loss"] == pytest.approx(loss, rel=1e-3)
+        assert entry["cross_entropy"] + 3.0 * entry["jsd"] == pytest.approx(loss, rel=1e-5)
+    assert trainer.state.total_flos > 0
+    json.dumps(trainer.state.log_history)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lam": -0.1}, r"lam is -0\.1; the weight of the divergence is 0 or more"),
+        ({"max_tokens": 0}, "max_tokens is 0; a tree needs room for at least one token"),
+        ({"fixed_temperature": 0.0}, r"fixed_temperature is 0\.0; a temperature is positive"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("instances", "changes", "message"),
+    [
+        ([], {}, "train_dataset is empty; give at least one instance"),
+        ([Instance(EVEN, "NO", "7", ("purple",), id="9")], {}, "instance '9': key part 'purple' does not occur"),
+        ([Instance(EVEN, "NO", "7" * 99, id="9")], {}, "instance '9' needs .* positions, but the model has 128"),
+        ([INSTANCES[0], Instance(EVEN, "")], {"end_of_sequence": False}, "instance 1 has an empty response; drop it"),
+        ([{"text": "no form"}], {}, "fields found: text"),
+        (INSTANCES, {"alpha": 2.0}, r"alpha is 2\.0"),
+    ],
+)
+@pytest.mark.parametrize("lam", [0.0, 0.1])
+def test_wrong_data_is_named_before_training(
+    tmp_path: Path, instances: list, changes: dict, message: str, lam: float
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        KPIGTrainer(tiny(), config(tmp_path, lam=lam, **changes), instances, TOKENIZER)
+
+
+def test_what_it_does_not_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"takes no eval_dataset; score answers with kpig_fast\.evaluation\.evaluate"):
+        KPIGTrainer(tiny(), config(tmp_path), INSTANCES, TOKENIZER, eval_dataset=INSTANCES)
+    with pytest.raises(ValueError, match="type 'gptj'"):
+        KPIGTrainer(make_model("gptj", vocab_size=len(TOKENIZER)), config(tmp_path), INSTANCES, TOKENIZER)
+    args = config(tmp_path)
+    monkeypatch.setattr(KPIGConfig, "n_gpu", 4)
+    with pytest.raises(
+        ValueError, match=r"4 GPUs in one process .*; start one process for each with accelerate launch"
+    ):
+        KPIGTrainer(tiny(), args, INSTANCES, TOKENIZER)
