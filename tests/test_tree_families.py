@@ -163,3 +163,8 @@ def test_an_unusual_real_model(shared: Path) -> None:
     exact = run_apart(model, branches)
     with tree_mode(model):
         assert float((run_together(model, branches) - exact).detach().abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("vocabulary", [7, 64, 512, 1988, 4999, 50257])
+def test_the_proof_holds_in_whatever_order_the_tree_lays_its_branches_out(vocabulary: int) -> None:
+    assert prove(make_model("llama", vocab_size=vocabulary)) < 1e-5

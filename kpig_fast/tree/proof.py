@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kpig_fast.ops.reference import logits_reference
-from kpig_fast.tree.layout import build
+from kpig_fast.tree.layout import TokenTree, build
 from kpig_fast.tree.model import (
     OutputHead,
     UnsupportedModelError,
@@ -37,9 +37,10 @@ def prove(model: nn.Module) -> float:
             f"models of type {kind!r} cut their attention into chunks by position, which a token tree does not know"
         )
     sequences = _branches(lm.config.get_text_config().vocab_size)
+    tree = build(sequences, [1] * len(sequences)).to(lm.device)
     with evaluation_mode(model):
-        apart = torch.cat([_logits_apart(lm, sequence) for sequence in sequences])
-        together = _logits_together(model, sequences, kind)
+        apart = torch.cat([_logits_apart(lm, sequences[i]) for i in tree.sequences.tolist()])
+        together = _logits_together(model, tree, kind)
     error = float((together - apart).square().mean().sqrt() / apart.std())
     if not error <= TOLERANCE.get(output_head(model).weight.dtype, HALF_TOLERANCE):
         raise UnsupportedModelError(
@@ -63,12 +64,11 @@ def _logits_apart(lm: PreTrainedModel, sequence: list[int]) -> Tensor:
     return lm(input_ids=ids, use_cache=False).logits[0, :-1].double()
 
 
-def _logits_together(model: nn.Module, sequences: list[list[int]], kind: str) -> Tensor:
+def _logits_together(model: nn.Module, tree: TokenTree, kind: str) -> Tensor:
     def logits(hidden: Tensor, head: OutputHead) -> Tensor:
         rows = hidden[tree.rows].to(head.weight.dtype)
         return logits_reference(rows, head.weight, head.bias, **head.transform).double()
 
-    tree = build(sequences, [1] * len(sequences)).to(causal_lm(model).device)
     try:
         with tree_mode(model):
             return run_tree(model, tree, logits)
