@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -289,7 +290,8 @@ class Stream:
 
 def training_arguments(config: RunConfig, folder: Path, step: int) -> KPIGConfig:
     """The Trainer's arguments for one step, which writes to ``folder``."""
-    given: dict[str, Any] = {"report_to": "none", "save_strategy": "no", **config.training}
+    defaults = {"report_to": "none", "save_strategy": "no", "dataloader_pin_memory": torch.cuda.is_available()}
+    given: dict[str, Any] = {**defaults, **config.training}
     if not STRATEGIES[config.strategy].distils:
         given["lam"] = 0.0
     return KPIGConfig(output_dir=str(folder), seed=config.seed + step, disable_tqdm=True, **given)
