@@ -196,21 +196,21 @@ def test_tasks_and_rows_survive_json(name):
         (Recipe("keep", ("animal",), " | "), "horse, hat, owl, red, saw", "horse | owl"),
         (Recipe("keep", ("colour",), ", ", "upper"), "horse, teal, owl, red, saw", "TEAL, RED"),
         (Recipe("first", delimiter=" / ", count=2), "bread, hat, saw, owl", "bread / hat"),
-        (Recipe("last", delimiter="; ", case="capitalized", count=3), "bread, hat, saw, owl", "Hat; Saw; Owl"),
+        (Recipe("first", delimiter="; ", case="capitalized", count=3), "bread, hat, saw, owl", "Bread; Hat; Saw"),
         (Recipe("reverse", delimiter=" - "), "bread, hat, saw", "saw - hat - bread"),
-        (Recipe("odd", case="capitalized"), "bread, soup, robe, pie", "Robe"),
+        (Recipe("odd", case="capitalized"), "bread, robe, pie", "Robe"),
         (Recipe("sort_numbers", ("up",), ", "), "71, 12, 38", "12, 38, 71"),
         (Recipe("sort_numbers", ("down",), ", "), "71, 12, 38", "71, 38, 12"),
         (Recipe("sort_names", ("up",), "; ", "lower"), "Tina, Boris, Leo", "boris; leo; tina"),
-        (Recipe("record", ("age", "name"), " - "), "name: Leo, pet: owl, age: 44, city: Oslo", "44 - Leo"),
+        (Recipe("record", ("age", "name"), " - "), "name: Leo, city: Oslo, age: 44", "44 - Leo"),
         (Recipe("kind", ("animal", "food"), labels=("A", "B")), "Leo saw the pie in Oslo.", "B"),
         (Recipe("kind", ("food", "animal"), labels=("A", "B")), "Leo saw the pie in Oslo.", "A"),
         (Recipe("mood", labels=("good", "bad")), "Leo said that the pie was superb.", "good"),
         (Recipe("mood", labels=("good", "bad")), "Leo said that the pie was nasty.", "bad"),
-        (Recipe("contains", ("tool",), labels=("yes", "no")), "pie, owl, axe, red", "yes"),
-        (Recipe("contains", ("tool",), labels=("yes", "no")), "pie, owl, hat, red", "no"),
-        (Recipe("count", ("animal",), labels=DIGITS), "owl, axe, red, fox, pie", "2"),
-        (Recipe("count", ("animal",), labels=NUMBER_WORDS), "hat, axe, red, tie, pie", "zero"),
+        (Recipe("contains", ("tool",), labels=("yes", "no")), "pie, owl, axe", "yes"),
+        (Recipe("contains", ("tool",), labels=("yes", "no")), "pie, owl, hat", "no"),
+        (Recipe("count", ("animal",), labels=DIGITS), "owl, axe, red, fox", "2"),
+        (Recipe("count", ("animal",), labels=NUMBER_WORDS), "hat, axe, red, tie", "zero"),
         (Recipe("larger", labels=("true", "false")), "45 and 44", "true"),
         (Recipe("larger", labels=("true", "false")), "44 and 45", "false"),
         (Recipe("parity", labels=("left", "right")), "Room 44 in Oslo belongs to Leo.", "left"),
@@ -221,13 +221,15 @@ def test_answers_by_hand(recipe, context, answer):
     assert recipe.answer(context) == answer
 
 
-def test_every_operation_is_used_and_put_into_words():
-    used = {design.recipe.operation for design in (*SEEN, *HELD_OUT)}
-    assert used == set(OPERATIONS) - {"last"}
-    assert phrases(Recipe("last", delimiter=" / ", count=3)).what == "take the last three items"
-    assert phrases(Recipe("last", delimiter=" / ", count=3), concrete=True).form == (
-        "separated by a slash with a blank on both sides of it",
-    )
+def test_every_operation_is_used():
+    assert {design.recipe.operation for design in SEEN} == set(OPERATIONS)
+
+
+def test_concrete_phrases_say_more():
+    short, concrete = (phrases(Recipe("first", delimiter="; ", count=3), concrete=flag) for flag in (False, True))
+    assert short == ("take the first three items", ("separated by a semicolon",))
+    assert concrete.what == "take the three items at the start of the list"
+    assert concrete.form == ("separated by a semicolon with a blank after it",)
 
 
 @pytest.mark.parametrize("design", [*SEEN, *HELD_OUT], ids=lambda design: design.name)

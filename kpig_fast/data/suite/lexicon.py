@@ -21,6 +21,6 @@ _OTHERS = {
 NAMES, CITIES, PRAISE, BLAME = (tuple(words.split()) for words in _OTHERS.values())
 
 # Two digits each, so that their order as numbers is their order as text.
-NUMBERS = tuple(str(number) for number in range(10, 100))
-DIGITS = tuple("012345")
-NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five")
+NUMBERS = tuple(str(number) for number in range(10, 40))
+DIGITS = tuple("0123")
+NUMBER_WORDS = ("zero", "one", "two", "three")

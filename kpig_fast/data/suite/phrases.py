@@ -13,7 +13,7 @@ class Phrases(NamedTuple):
     form: tuple[str, ...]
 
 
-COUNTS = {2: "two", 3: "three"}
+COUNTS = {2: "two", 3: "three", 4: "four"}
 PLURALS = {"animal": "animals", "food": "foods", "tool": "tools", "garment": "garments", "colour": "colours"}
 _DIRECTIONS = {
     "sort_numbers": {
@@ -31,14 +31,14 @@ SIGNS = {
     " | ": "a vertical bar",
     " / ": "a slash",
     " - ": "a dash",
-    " + ": "a plus sign",
-    " & ": "an ampersand",
 }
 _OUTCOMES = {
     "mood": ("praise", "blame"),
-    "larger": ("the first being larger", "the second being larger"),
+    "contains": ("found", "missing"),
+    "larger": ("larger", "smaller"),
     "parity": ("even", "odd"),
 }
+_FIELD_FORMS = ("the {}", "the value of {}")
 _CASES = {
     "lower": ("in small letters", "in small letters only, none of them a capital"),
     "upper": ("in capital letters", "in capital letters only, none of them small"),
@@ -63,10 +63,9 @@ def _what(recipe: Recipe) -> tuple[str, str]:
     match recipe.operation:
         case "keep":
             return f"keep only the {PLURALS[target[0]]}", f"keep only the words that name {a(target[0])}"
-        case "first" | "last":
+        case "first":
             count = COUNTS[recipe.count]
-            end = {"first": "start", "last": "end"}[recipe.operation]
-            return f"take the {recipe.operation} {count} items", f"take the {count} items at the {end} of the list"
+            return f"take the first {count} items", f"take the {count} items at the start of the list"
         case "reverse":
             return "write the items in reverse order", "write the items in reverse order, the last one first"
         case "odd":
@@ -76,11 +75,8 @@ def _what(recipe: Recipe) -> tuple[str, str]:
             short, concrete = _DIRECTIONS[recipe.operation][target[0]]
             return f"sort the {items} {short}", f"sort the {items} {concrete}"
         case "record":
-            first, second = target
-            return (
-                f"give the {first} and then the {second}",
-                f"give the value of {first} and then the value of {second}",
-            )
+            short, concrete = (" and then ".join(form.format(field) for field in target) for form in _FIELD_FORMS)
+            return f"give {short}", f"give {concrete}"
         case "kind":
             return (
                 f"tell {a(target[0])} from {a(target[1])}",
@@ -99,14 +95,10 @@ def _what(recipe: Recipe) -> tuple[str, str]:
 
 
 def outcomes(recipe: Recipe) -> tuple[str, str]:
-    """What the two labels of ``recipe`` stand for."""
-    match recipe.operation:
-        case "kind":
-            return a(recipe.target[0]), a(recipe.target[1])
-        case "contains":
-            return f"{a(recipe.target[0])} in the list", "none in the list"
-        case operation:
-            return _OUTCOMES[operation]
+    """What the two labels of ``recipe`` stand for, one word each."""
+    if recipe.operation == "kind":
+        return recipe.target[0], recipe.target[1]
+    return _OUTCOMES[recipe.operation]
 
 
 def _form(recipe: Recipe) -> list[tuple[str, str]]:

@@ -9,8 +9,8 @@ from kpig_fast.data.schema import Constraints, FormatRule
 from kpig_fast.data.suite.lexicon import BLAME, CITIES, KIND_OF, NAMES, NUMBERS, PRAISE, WORDS
 
 Case = Literal["as_is", "lower", "upper", "capitalized"]
-FIELDS = ("name", "age", "city", "pet")
-_FIELD_PATTERNS = {"name": "[A-Za-z]+", "age": "[0-9]+", "city": "[A-Za-z]+", "pet": "[A-Za-z]+"}
+FIELDS = ("name", "age", "city")
+_FIELD_PATTERNS = {"name": "[A-Za-z]+", "age": "[0-9]+", "city": "[A-Za-z]+"}
 THINGS = ("animal", "food", "tool", "garment")
 
 
@@ -88,8 +88,8 @@ def _label(outcome: Callable[[Recipe, str], int]) -> Callable[[Recipe, str], Seq
     return lambda recipe, context: (recipe.labels[outcome(recipe, context)],)
 
 
-def _draw_words(recipe: Recipe, rng: random.Random) -> str:
-    return ", ".join(rng.sample(sorted(KIND_OF), rng.randint(max(4, recipe.count + 1), 5)))
+def _draw_from(pool: Sequence[str], length: int, between: str = ", ") -> Callable[[Recipe, random.Random], str]:
+    return lambda recipe, rng: between.join(rng.sample(pool, length))
 
 
 def _draw_mixed(fewest: int, most: int, total: int) -> Callable[[Recipe, random.Random], str]:
@@ -110,7 +110,7 @@ def _of_target(recipe: Recipe, context: str) -> list[str]:
 
 def _draw_odd(recipe: Recipe, rng: random.Random) -> str:
     common, odd = rng.sample(sorted(WORDS), 2)
-    return ", ".join(rng.sample([*rng.sample(WORDS[common], 3), rng.choice(WORDS[odd])], 4))
+    return ", ".join(rng.sample([*rng.sample(WORDS[common], 2), rng.choice(WORDS[odd])], 3))
 
 
 def _odd(recipe: Recipe, context: str) -> list[str]:
@@ -118,16 +118,12 @@ def _odd(recipe: Recipe, context: str) -> list[str]:
     return [word for word in _items(context) if kinds.count(KIND_OF[word]) == 1]
 
 
-def _draw_from(pool: Sequence[str]) -> Callable[[Recipe, random.Random], str]:
-    return lambda recipe, rng: ", ".join(rng.sample(pool, rng.randint(3, 4)))
-
-
 def _sorted(recipe: Recipe, context: str) -> list[str]:
     return sorted(_items(context), reverse=recipe.target == ("down",))
 
 
 def _draw_record(recipe: Recipe, rng: random.Random) -> str:
-    values = dict(zip(FIELDS, map(rng.choice, (NAMES, NUMBERS, CITIES, WORDS["animal"]))))
+    values = dict(zip(FIELDS, map(rng.choice, (NAMES, NUMBERS, CITIES))))
     return ", ".join(f"{name}: {values[name]}" for name in rng.sample(FIELDS, len(FIELDS)))
 
 
@@ -150,26 +146,29 @@ def _draw_mood(recipe: Recipe, rng: random.Random) -> str:
     return f"{rng.choice(NAMES)} said that the {thing} was {rng.choice(rng.choice((PRAISE, BLAME)))}."
 
 
+def _smaller(recipe: Recipe, context: str) -> int:
+    first, second = context.split(" and ")
+    return int(first < second)
+
+
 def _draw_room(recipe: Recipe, rng: random.Random) -> str:
     return f"Room {rng.choice(NUMBERS)} in {rng.choice(CITIES)} belongs to {rng.choice(NAMES)}."
 
 
+_ALL_WORDS = sorted(KIND_OF)
+
 OPERATIONS = {
-    "keep": Operation(_draw_mixed(2, 4, 5), _of_target),
-    "first": Operation(_draw_words, lambda recipe, context: _items(context)[: recipe.count]),
-    "last": Operation(_draw_words, lambda recipe, context: _items(context)[-recipe.count :]),
-    "reverse": Operation(_draw_words, lambda recipe, context: _items(context)[::-1]),
+    "keep": Operation(_draw_mixed(2, 3, 4), _of_target),
+    "first": Operation(_draw_from(_ALL_WORDS, 4), lambda recipe, context: _items(context)[: recipe.count]),
+    "reverse": Operation(_draw_from(_ALL_WORDS, 3), lambda recipe, context: _items(context)[::-1]),
     "odd": Operation(_draw_odd, _odd),
-    "sort_numbers": Operation(_draw_from(NUMBERS), _sorted),
-    "sort_names": Operation(_draw_from(NAMES), _sorted),
+    "sort_numbers": Operation(_draw_from(NUMBERS, 3), _sorted),
+    "sort_names": Operation(_draw_from(NAMES, 3), _sorted),
     "record": Operation(_draw_record, _record),
     "kind": Operation(_draw_thing, _label(_thing)),
     "mood": Operation(_draw_mood, _label(lambda recipe, context: int(context.split()[-1].rstrip(".") in BLAME))),
-    "contains": Operation(_draw_mixed(0, 1, 4), _label(lambda recipe, context: int(not _of_target(recipe, context)))),
-    "count": Operation(_draw_mixed(0, 5, 5), _label(lambda recipe, context: len(_of_target(recipe, context)))),
-    "larger": Operation(
-        lambda recipe, rng: " and ".join(rng.sample(NUMBERS, 2)),
-        _label(lambda recipe, context: int(context.split(" and ")[0] < context.split(" and ")[1])),
-    ),
+    "contains": Operation(_draw_mixed(0, 1, 3), _label(lambda recipe, context: int(not _of_target(recipe, context)))),
+    "count": Operation(_draw_mixed(0, 3, 3), _label(lambda recipe, context: len(_of_target(recipe, context)))),
+    "larger": Operation(_draw_from(NUMBERS, 2, " and "), _label(_smaller)),
     "parity": Operation(_draw_room, _label(lambda recipe, context: int(context.split()[1]) % 2)),
 }

@@ -60,7 +60,7 @@ SEEN = (
         "selection",
         "match",
         Recipe("keep", ("animal",), " | ", "lower"),
-        "a list of five words",
+        "a list of four words",
         "You are given some words of several kinds. From these words, {what}. Write them {form}, in their old order.",
     ),
     Design(
@@ -68,8 +68,8 @@ SEEN = (
         "selection",
         "match",
         Recipe("keep", ("colour",), ", ", "upper"),
-        "a list of five words",
-        "In this task you read five words with commas between them. You should {what}. Give the answer {form}.",
+        "a list of four words",
+        "In this task you read four words with commas between them. You should {what}. Give the answer {form}.",
     ),
     Design(
         "first_two",
@@ -84,8 +84,8 @@ SEEN = (
         "selection",
         "acc",
         Recipe("odd", case="capitalized"),
-        "four words, three of them of the same kind",
-        "Three of these four words belong together and one does not. Now {what}. Write this word {form}.",
+        "three words, two of them of the same kind",
+        "Two of these three words belong together and one does not. Now {what}. Write this word {form}.",
     ),
     Design(
         "sort_numbers",
@@ -132,8 +132,8 @@ SEEN = (
         "labelling",
         "acc",
         Recipe("contains", ("tool",), labels=("Yes", "No")),
-        "a list of four words",
-        "Read the four words of the list one after another and {what}. Give your answer {form}.",
+        "a list of three words",
+        "Read the three words of the list one after another and {what}. Give your answer {form}.",
     ),
     Design(
         "room_number",
@@ -148,8 +148,8 @@ SEEN = (
         "comparison",
         "acc",
         Recipe("count", ("animal",), labels=DIGITS),
-        "a list of five words",
-        "Look at the five words in the list and {what}. There may be none at all. Write the number {form}.",
+        "a list of three words",
+        "Look at the three words in the list and {what}. There may be none at all. Write the number {form}.",
     ),
     Design(
         "compare_numbers",
@@ -157,7 +157,7 @@ SEEN = (
         "acc",
         Recipe("larger", labels=("true", "false")),
         "two numbers",
-        "Two numbers are given, and you want to know which one is greater. To do so, {what}. Answer {form}.",
+        "You want to know whether the first of the two numbers is larger or smaller. To do so, {what}. Answer {form}.",
     ),
     Design(
         "name_and_age",
@@ -165,15 +165,15 @@ SEEN = (
         "acc",
         Recipe("record", ("name", "age"), " - "),
         "the record of a person",
-        "The record of a person has four fields in any order. From this record, {what}. Write them {form}.",
+        "The record of a person has three fields in any order. From this record, {what}. Write them {form}.",
     ),
     Design(
-        "city_and_pet",
+        "city_and_name",
         "extraction",
         "rougeL",
-        Recipe("record", ("city", "pet"), " / ", "upper"),
+        Recipe("record", ("city", "name"), " / ", "upper"),
         "the record of a person",
-        "You get four facts about a person, each with its name. Out of these facts, {what}. The answer is {form}.",
+        "You get three facts about a person, each with its name. Out of these facts, {what}. The answer is {form}.",
     ),
 )
 
