@@ -67,6 +67,13 @@ def test_ids_are_unique_and_empty_splits_are_allowed():
     assert bundled_suite(n_train=0, n_validation=0, n_test=0).rows == ()
 
 
+def test_more_rows_than_contexts_are_refused():
+    # Two of thirty numbers, in order: 870 contexts.
+    assert bundled_suite(n_train=800, n_validation=0, n_test=0).of_task("compare_numbers", "train")
+    with pytest.raises(ValueError, match=r"'compare_numbers' has fewer than 900 .* \(found 870\); ask for fewer"):
+        bundled_suite(n_train=900, n_validation=0, n_test=0)
+
+
 def test_the_seed_decides_everything():
     assert _dump(bundled_suite(seed=3, n_train=9)) == _dump(bundled_suite(seed=3, n_train=9))
     a, b = (bundled_suite(seed=seed, n_train=9) for seed in (3, 4))

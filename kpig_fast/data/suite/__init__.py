@@ -10,6 +10,7 @@ from kpig_fast.data.schema import Demonstration, Row, Split, Task, TaskCollectio
 from kpig_fast.data.suite.tasks import HELD_OUT, SEEN, Design
 
 N_DEMONSTRATIONS = 2
+_MAX_DRAWS = 100
 
 
 def bundled_suite(*, seed: int = 0, n_train: int = 200, n_validation: int = 20, n_test: int = 50) -> TaskCollection:
@@ -22,6 +23,9 @@ def bundled_suite(*, seed: int = 0, n_train: int = 200, n_validation: int = 20, 
         n_test: test rows of every task.
 
     No context occurs twice in one task, not even in two splits or as a demonstration.
+
+    Raises:
+        ValueError: a task does not have that many different contexts.
     """
     tasks, rows = [], []
     for design in (*SEEN, *HELD_OUT):
@@ -39,8 +43,16 @@ def _contexts(design: Design, count: int, seed: int) -> list[str]:
     """``count`` different contexts."""
     rng = random.Random(f"{seed}/{design.name}")
     contexts: dict[str, None] = {}
-    while len(contexts) < count:
+    for _ in range(_MAX_DRAWS * count):
         contexts[design.recipe.context(rng)] = None
+        if len(contexts) == count:
+            break
+    else:
+        if count:
+            raise ValueError(
+                f"task {design.name!r} has fewer than {count} different contexts (found {len(contexts)}); "
+                "ask for fewer rows per task"
+            )
     return list(contexts)
 
 
