@@ -111,7 +111,7 @@ class KeyPartScorer:
         started = time.perf_counter()
         rows = [as_instance(row) for row in instances]
         pairs = self.encoder.encode_all(rows, progress=progress)
-        self.check_lengths(pairs, names_of(rows), whole=False)
+        self.check_positions(pairs, names_of(rows), whole=False)
         return self._score(pairs, started, progress, keep_hidden=False)
 
     def score_pairs(
@@ -122,10 +122,10 @@ class KeyPartScorer:
         Raises:
             ValueError: a prompt is longer than the model's positions.
         """
-        self.check_lengths(pairs, whole=keep_hidden)
+        self.check_positions(pairs, whole=keep_hidden)
         return self._score(pairs, time.perf_counter(), progress, keep_hidden)
 
-    def check_lengths(
+    def check_positions(
         self, pairs: Sequence[EncodedPair], names: Sequence[str] | None = None, *, whole: bool = True
     ) -> None:
         """Check that prompts and responses fit into the model's positions; only the scored part unless ``whole``.

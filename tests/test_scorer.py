@@ -1,21 +1,19 @@
-"""``KeyPartScorer`` against separate float64 forwards, on small random models and on real tasks."""
+"""``KeyPartScorer`` against separate float64 forwards of small random models."""
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 from evaluation_models import byte_tokenizer
 from families import make_model
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from separate import apart, largest_error, score_apart
+from torch import nn
+from transformers import PreTrainedModel
 
 import kpig_fast.tree.scoring
-from kpig_fast import EncodedPair, GainScores, Instance, KeyPartScorer
-from kpig_fast.data.natural_instructions import load_natural_instructions
-from kpig_fast.data.schema import make_instance
-from kpig_fast.method.gain import gain_bound, gains
+from kpig_fast import GainScores, Instance, KeyPartScorer
+from kpig_fast.method.gain import gain_bound
 
 TOKENIZER = byte_tokenizer()
 YES_NO = 'Answer "yes" or "no" in capitals: is the number even?'
@@ -43,35 +41,6 @@ def model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def scorer() -> KeyPartScorer:
     return KeyPartScorer(model(), TOKENIZER)
-
-
-def apart(lm: nn.Module, prompts: list[list[int]], responses: list[list[int]], batch: int = 32) -> list[Tensor]:
-    """log p of the responses through the model's own forward: each sequence a row of its own, padded on the right."""
-    found: list[Tensor] = []
-    with torch.no_grad():
-        for first in range(0, len(prompts), batch):
-            pairs = list(zip(prompts[first : first + batch], responses[first : first + batch]))
-            width = max(len(p) + len(r) for p, r in pairs)
-            ids = torch.tensor([[*p, *r] + [0] * (width - len(p) - len(r)) for p, r in pairs])
-            mask = torch.tensor([[1] * (len(p) + len(r)) + [0] * (width - len(p) - len(r)) for p, r in pairs])
-            logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            for row, (p, r) in zip(logits, pairs):
-                log_p = row[len(p) - 1 : len(p) - 1 + len(r)].log_softmax(-1)
-                found.append(log_p.gather(1, torch.tensor(r, dtype=torch.int64)[:, None])[:, 0])
-    return found
-
-
-def score_apart(lm: nn.Module, pairs: list[EncodedPair], alpha: float = 0.3) -> GainScores:
-    """The same scores without any of the package's model code."""
-    responses = [pair.response_ids for pair in pairs]
-    complete = apart(lm, [pair.complete_ids for pair in pairs], responses)
-    masked = apart(lm, [pair.masked_ids for pair in pairs], responses)
-    return GainScores(gains(complete, masked, alpha), complete, masked, stats=None)  # type: ignore[arg-type]
-
-
-def largest_error(found: list[Tensor], exact: list[Tensor]) -> float:
-    """Over the leading tokens that were scored."""
-    return max(float((f - e[: len(f)]).abs().max()) for f, e in zip(found, exact, strict=True) if len(f))
 
 
 def assert_same(found: GainScores, expected: GainScores, tolerance: float = 1e-5) -> None:
@@ -327,59 +296,3 @@ def test_wrong_arguments_are_named(argument: dict, message: str) -> None:
 def test_a_key_part_that_does_not_occur_is_named(scorer: KeyPartScorer) -> None:
     with pytest.raises(ValueError, match="instance '9': key part 'purple' does not occur"):
         scorer.score([Instance(YES_NO, "NO", "17", ("purple",), id="9")])
-
-
-# Real tasks, a real model
-
-
-@dataclass(frozen=True)
-class Real:
-    """1,000 real instances with the package's scores, and the same of separate forwards in both precisions."""
-
-    found: GainScores
-    exact: GainScores
-    own: GainScores
-    every: int = 8
-
-
-@pytest.fixture(scope="module")
-def real(shared: Path) -> Real:
-    data, folder = shared / "data" / "sni_core", shared / "models" / "stories260K-sni"
-    collection, _ = load_natural_instructions(data / "tasks", side_file=data / "manifest.json")
-    lm, wide = (AutoModelForCausalLM.from_pretrained(folder, dtype=d) for d in (torch.float32, torch.float64))
-    scorer = KeyPartScorer(lm, AutoTokenizer.from_pretrained(folder))
-    instances = [make_instance(collection.tasks[row.task], row) for row in collection.rows if row.split == "train"]
-    pairs = scorer.encoder.encode_all(instances)
-    shortest = sorted(range(len(pairs)), key=lambda i: len(pairs[i].complete_ids) + len(pairs[i].response_ids))[:1000]
-    pairs = [pairs[i] for i in shortest]
-    assert len({instances[i].task for i in shortest}) >= 10
-    found = scorer.score_pairs(pairs)
-    return Real(found, score_apart(wide, pairs), score_apart(lm, pairs[:: Real.every]))
-
-
-@pytest.mark.slow
-def test_real_gains_equal_separate_float64_forwards(real: Real) -> None:
-    assert float((real.found.gain - real.exact.gain).abs().max()) <= 1e-5
-
-
-@pytest.mark.slow
-def test_real_gains_keep_their_order(real: Real) -> None:
-    found, exact = real.found.gain, real.exact.gain
-    flipped = ((found[:, None] < found) & (exact[:, None] > exact)).nonzero()
-    if len(flipped):
-        assert float((exact[flipped[:, 0]] - exact[flipped[:, 1]]).max()) <= 1e-5
-
-
-@pytest.mark.slow
-def test_real_log_probs_err_no_more_than_separate_float32_forwards(real: Real) -> None:
-    exact = [*real.exact.complete[:: real.every], *real.exact.masked[:: real.every]]
-    own = largest_error([*real.own.complete, *real.own.masked], exact)
-    found = largest_error([*real.found.complete[:: real.every], *real.found.masked[:: real.every]], exact)
-    # Very unlikely tokens of this model are up to 2.5e-5 away in float32, however its sequences are laid out.
-    assert found <= max(2e-5, 1.5 * own)
-    assert own < 1e-4
-
-
-@pytest.mark.slow
-def test_real_tasks_lay_out_fewer_tokens(real: Real) -> None:
-    assert real.found.stats.tokens_naive > 2.6 * real.found.stats.tokens

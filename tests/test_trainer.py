@@ -1,4 +1,4 @@
-"""``KPIGTrainer`` against the method's formula with everything in the loop, and whatever must not change its result."""
+"""``KPIGTrainer`` against the method's formula with everything in the loop; what it leaves behind and refuses."""
 
 import copy
 import json
@@ -7,87 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_models import byte_tokenizer
 from families import make_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from training_cases import ADAM, EVEN, INSTANCES, TOKENIZER, Recorded, assert_same_weights, config, tiny, train, weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kpig_fast import Instance, KeyPartScorer, KPIGConfig, KPIGTrainer
 from kpig_fast.data.encoding import EncodedPair
 from kpig_fast.method.objective import jsd_bits, kpig_loss, temperature
 from kpig_fast.training.batches import GroupedSampler
-
-TOKENIZER = byte_tokenizer()
-EVEN = 'Answer "yes" or "no" in capitals: is the number even?'
-HELLO = "Greet the person in small letters."
-INSTANCES = [
-    *(
-        Instance(EVEN, "NO" if n % 2 else "YES", str(n), ('"yes" or "no"', "capitals"), id=f"even-{n}")
-        for n in range(8)
-    ),
-    *(Instance(HELLO, f"hello {name}", name.title(), ("small letters",)) for name in ("ann", "bo", "cleo")),
-    Instance("Nothing is masked here.", "indeed"),
-]
-
-
-def tiny(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
-    return make_model(family, dtype=dtype, vocab_size=len(TOKENIZER), **options)
-
-
-def config(folder: Path, **changes: Any) -> KPIGConfig:
-    """Three steps over twelve instances with plain gradient descent, so that the weights show the gradients."""
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "lam": 3.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return KPIGConfig(**{**defaults, **changes})
-
-
-class Recorded(KPIGTrainer):
-    """Keeps the loss of every micro-batch, as exact as it is."""
-
-    losses: list[float]
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.losses = [*getattr(self, "losses", []), float(loss)]
-        return loss
-
-    @property
-    def step_losses(self) -> list[float]:
-        n = self.args.gradient_accumulation_steps
-        return [sum(self.losses[i : i + n]) for i in range(0, len(self.losses), n)]
-
-
-def train(folder: Path, model: nn.Module | None = None, instances: list[Instance] = INSTANCES, **changes) -> Recorded:
-    model = tiny() if model is None else model
-    trainer = Recorded(model, config(folder, **changes), instances, TOKENIZER)
-    trainer.train()
-    return trainer
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: x.detach().clone() for name, x in model.state_dict().items()}
-
-
-def assert_same_weights(model: nn.Module, expected: dict[str, Tensor], start: dict[str, Tensor], rel: float) -> None:
-    """What training changed agrees: the error of the whole change, relative to it."""
-    found = weights(model)
-    error = sum(float((found[name] - x).double().square().sum()) for name, x in expected.items())
-    change = sum(float((start[name] - x).double().square().sum()) for name, x in expected.items())
-    assert change > 0
-    assert (error / change) ** 0.5 <= rel
 
 
 def response_logits(model: nn.Module, prompt: list[int], pair: EncodedPair) -> Tensor:
@@ -178,81 +107,6 @@ def test_plain_cross_entropy_is_the_models_own_loss(tmp_path: Path) -> None:
         tokens += len(pair.response_ids)
     trainer.train()
     assert trainer.step_losses == pytest.approx([sum(losses) / tokens], rel=1e-6)
-
-
-# What must not change the result
-
-
-SIX = {"per_device_train_batch_size": 6, "num_train_epochs": 4}
-ADAM = {**SIX, "optim": "adamw_torch", "learning_rate": 2e-3}
-# Adam divides each gradient by its own size: where that is nothing but rounding, only float64 shows the invariance.
-SETTINGS = {
-    "float32": (torch.float32, {"learning_rate": 0.02, "max_grad_norm": 1.0}),
-    "float64": (torch.float64, {"learning_rate": 2e-3, "optim": "adamw_torch"}),
-}
-
-
-@pytest.fixture(scope="module", params=SETTINGS)
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Recorded]:
-    """A training of eight steps with one micro-batch and one tree each."""
-    dtype, options = SETTINGS[request.param]
-    trainer = train(tmp_path_factory.mktemp("whole"), tiny(dtype=dtype), **SIX, **options)
-    assert len(trainer.losses) == 8
-    assert trainer.losses[-1] < 0.9 * trainer.losses[0]
-    return request.param, trainer
-
-
-@pytest.mark.parametrize(
-    "cut",
-    [
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6},
-        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
-        {"max_tokens": 1},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_tokens": 90},
-        {"gradient_checkpointing": True},
-        {"dataloader_num_workers": 1},
-    ],
-    ids=str,
-)
-def test_any_cut_of_the_batch_gives_the_same(tmp_path: Path, cut: dict, whole: tuple[str, Recorded]) -> None:
-    name, expected = whole
-    dtype, options = SETTINGS[name]
-    trainer = train(tmp_path, tiny(dtype=dtype), **{**SIX, **options, **cut})
-    residuals = [(a - b) / b for a, b in zip(trainer.step_losses, expected.losses, strict=True)]
-    assert max(map(abs, residuals)) <= 1e-5
-    # Rounding to both sides, no drift to one.
-    assert abs(sum(residuals) / len(residuals)) <= 1e-7
-    assert_same_weights(trainer.model, weights(expected.model), weights(tiny(dtype=dtype)), 1e-5)
-
-
-@pytest.mark.parametrize("uneven", [5, 7])
-def test_an_uneven_last_batch_is_normalised_by_its_own_tokens(tmp_path: Path, uneven: int) -> None:
-    instances = INSTANCES[:uneven]
-    one = train(tmp_path / "one", instances=instances, per_device_train_batch_size=4)
-    many = train(tmp_path / "many", instances=instances, per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    losses = [sum(many.losses[:4]), sum(many.losses[4:])]
-    assert losses == pytest.approx(one.step_losses, rel=1e-5)
-    assert_same_weights(many.model, weights(one.model), weights(tiny()), 1e-5)
-
-
-def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
-    first, second = (train(tmp_path / name, **ADAM) for name in "ab")
-    other = train(tmp_path / "c", **ADAM, seed=43)
-    expected = weights(first.model)
-    assert all(torch.equal(x, expected[name]) for name, x in weights(second.model).items())
-    assert first.losses == second.losses
-    assert first.losses != other.losses
-
-
-def test_resumed_training_gives_the_same_bits(tmp_path: Path) -> None:
-    options = {**ADAM, "save_strategy": "steps", "save_steps": 3}
-    straight = train(tmp_path, **options)
-    checkpoint = tmp_path / "checkpoint-3"
-    again = Recorded(tiny(), config(tmp_path, **options), INSTANCES, TOKENIZER)
-    again.train(resume_from_checkpoint=str(checkpoint))
-    assert again.losses == straight.losses[3:]
-    expected = weights(straight.model)
-    assert all(torch.equal(x, expected[name]) for name, x in weights(again.model).items())
 
 
 # Adapters, precision, what is left behind

@@ -83,7 +83,7 @@ class KPIGTrainer(Trainer):
         self.progress = not args.disable_tqdm if progress is None else progress
         self.pairs = self.scorer.encoder.encode_all(instances, progress=self.progress)
         _check_pairs(self.pairs, names_of(instances))
-        self.scorer.check_lengths(self.pairs, names_of(instances))
+        self.scorer.check_positions(self.pairs, names_of(instances))
         wordings: dict[str, int] = {}
         self.groups = [wordings.setdefault(i.instruction, len(wordings)) for i in instances]
         self.teacher: Teacher | None = None
