@@ -1,4 +1,4 @@
-"""Make the small base model of the demo: ``python benchmarks/make_base_model.py`` (about half an hour on one core).
+"""Make the small base model of the demo: ``python benchmarks/make_base_model.py`` (about 20 minutes on one core).
 
 A Llama of about one million parameters learns from scratch to follow short instructions (``base_model_text``). Each
 sequence holds one instruction and several questions that see the instruction but not one another; only the tokens of

@@ -9,6 +9,8 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from kpig_fast.tree.model import evaluation_mode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -105,22 +107,18 @@ def _batches(prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens
 @contextmanager
 def _prepared(model: "PreTrainedModel", greedy: GenerationConfig) -> Iterator[None]:
     """Evaluation mode and ``greedy`` settings for all of the model, each module's own ones again afterwards."""
-    modules = list(model.modules())
-    training = [module.training for module in modules]
     # The model's settings would fill what ``greedy`` leaves open, such as a repetition penalty.
     settings = [
-        (module, vars(module)["generation_config"]) for module in modules if "generation_config" in vars(module)
+        (module, vars(module)["generation_config"]) for module in model.modules() if "generation_config" in vars(module)
     ]
-    model.eval()
     for module, _ in settings:
         vars(module)["generation_config"] = greedy
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
         for module, before in settings:
             vars(module)["generation_config"] = before
-        for module, flag in zip(modules, training, strict=True):
-            module.training = flag
 
 
 def _continue(model: Any, prompts: list[Sequence[int]], pad: int) -> list[list[int]]:
