@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,19 @@ def test_sequences_are_short(tokenizer):
                 assert max(len(pair.complete_ids), len(prompt)) + len(pair.response_ids) < 160
 
 
-def test_it_follows_instructions_it_was_not_trained_on(model, tokenizer):
-    seen = [_exact_match(model, tokenizer, name, 6) for name in SUITE.names("seen")]
-    # A label task is right by chance half of the time at best, every other task practically never.
-    assert sum(seen) / len(seen) >= 40
-    lists = [name for name in SUITE.names("seen") if not SUITE.tasks[name].constraints.labels]
-    assert sum(_exact_match(model, tokenizer, name, 6) > 0 for name in lists) >= len(lists) / 2
+def test_it_beats_the_most_common_answer(model, tokenizer):
+    names = SUITE.names("seen")
+    reached = [_exact_match(model, tokenizer, name, 20) for name in names]
+    blind = []
+    for name in names:
+        answers = Counter(row.outputs[0] for row in SUITE.of_task(name, "test")[:20])
+        blind.append(100 * answers.most_common(1)[0][1] / answers.total())
+    assert sum(reached) / len(names) >= sum(blind) / len(names) + 10
+
+
+def test_it_reads_how_many_items_are_asked_for(model, tokenizer):
+    assert _exact_match(model, tokenizer, "first_two", 20) >= 90
+    assert _exact_match(model, tokenizer, "first_three", 20) >= 90
 
 
 def test_the_card_says_how_it_was_made_and_is_licensed(card):
