@@ -96,7 +96,11 @@ def main(command: Sequence[str] | None = None) -> None:
     for run in tqdm(others.values(), desc="checking", unit="run"):
         check((ours.complete, ours.masked), run())
     runs = {OURS: partial(scorer.score_pairs, pairs), OURS_WHOLE: partial(scorer.score, s.instances), **others}
-    seconds = race({name: lambda run=run: run for name, run in runs.items()}, arguments.rounds)
+    seconds = race(
+        {name: lambda run=run: run for name, run in runs.items()},
+        arguments.rounds,
+        processor_time=arguments.processor_time,
+    )
     facts = {
         "parameters": s.model.num_parameters(),
         "tokens": ours.stats.tokens,

@@ -103,7 +103,7 @@ def main(command: Sequence[str] | None = None) -> None:
         timed = {key: partial(trainer, maker, folder, max_steps=1) for key, maker in contestants(lam=LAM).items()}
         runs: dict[str, Contestant] = {key: lambda make=make: make().train for key, make in timed.items()}
         runs[PREPASS] = lambda: timed[KPIG]().prepare_teacher
-        seconds = race(runs, arguments.rounds)
+        seconds = race(runs, arguments.rounds, processor_time=arguments.processor_time)
     shares = {f"the time of {name}": ratios(seconds, KPIG, name) for name in (SFT, PACKED, STRAIGHTFORWARD)}
     report(arguments, seconds, shares, parameters=s.model.num_parameters())
 

@@ -49,6 +49,7 @@ def parser(description: str, *, tasks: int, instances: int) -> ArgumentParser:
     options = ArgumentParser(description=description)
     options.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
     options.add_argument("--quick", dest="rounds", action="store_const", const=1, help="one round, for a first look")
+    options.add_argument("--processor-time", action="store_true", help="for a busy machine; together with --threads 1")
     options.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
     options.add_argument("--tasks", type=int, default=tasks, help=f"number of tasks (default: {tasks})")
     options.add_argument("--instances", type=int, default=instances, help=f"of each task (default: {instances})")
@@ -114,11 +115,12 @@ def labelled(prompt: Sequence[int], response: Sequence[int]) -> dict[str, list[i
     return {"input_ids": [*prompt, *response], "labels": [IGNORE] * len(prompt) + [*response]}
 
 
-def race(contestants: Mapping[str, Contestant], rounds: int) -> Seconds:
-    """Seconds of every contestant in every round.
+def race(contestants: Mapping[str, Contestant], rounds: int, *, processor_time: bool = False) -> Seconds:
+    """Seconds of every contestant in every round: of wall time, or of processor time over all threads.
 
     Each round runs all of them, so that a machine that is busy for a while is busy for all, and starts with another.
     """
+    clock = time.process_time if processor_time else time.perf_counter
     names = list(contestants)
     seconds: Seconds = {name: [] for name in names}
     with tqdm(total=rounds * len(names), desc="timing", unit="run") as bar:
@@ -126,9 +128,9 @@ def race(contestants: Mapping[str, Contestant], rounds: int) -> Seconds:
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 run = contestants[name]()
-                started = time.perf_counter()
+                started = clock()
                 run()
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
                 bar.update()
     return seconds
 
@@ -146,7 +148,7 @@ def require(what: str, value: float, limit: float) -> None:
 
 
 def report(arguments: Namespace, seconds: Seconds, shares: Mapping[str, list[float]], **facts: Any) -> None:
-    """Print the medians; with ``--out`` write all that a reader needs to judge them, whole or not at all.
+    """Print the medians, those of the ratios as rows of a table; with ``--out`` write the record, whole or not at all.
 
     Args:
         arguments: the options of the run.
@@ -158,7 +160,7 @@ def report(arguments: Namespace, seconds: Seconds, shares: Mapping[str, list[flo
     for name, values in seconds.items():
         print(f"{median(values):9.2f} s  {name}")
     for name, value in medians.items():
-        print(f"{value:9.2f} x  {name}")
+        print(f"| {name} | {value:.2f} |")
     if arguments.out:
         run = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

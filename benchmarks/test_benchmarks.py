@@ -35,10 +35,12 @@ def pairs(small: common.Setting) -> list[EncodedPair]:
     return PromptEncoder(small.tokenizer).encode_all(small.instances)
 
 
-def test_race_times_runs_alone_and_starts_each_round_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("clock", ["perf_counter", "process_time"])
+def test_race_times_runs_alone_and_starts_each_round_with_another(monkeypatch, clock: str) -> None:
     prepared: list[str] = []
     done: list[str] = []
-    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: float(len(done))))
+    clocks = {"perf_counter": lambda: 0.0, "process_time": lambda: 0.0, clock: lambda: float(len(done))}
+    monkeypatch.setattr(common, "time", SimpleNamespace(**clocks))
 
     def contestant(name: str, cost: int) -> common.Contestant:
         def prepare() -> Any:
@@ -47,7 +49,8 @@ def test_race_times_runs_alone_and_starts_each_round_with_another(monkeypatch: p
 
         return prepare
 
-    seconds = common.race({"a": contestant("a", 1), "b": contestant("b", 2), "c": contestant("c", 3)}, rounds=4)
+    all_three = {"a": contestant("a", 1), "b": contestant("b", 2), "c": contestant("c", 3)}
+    seconds = common.race(all_three, rounds=4, processor_time=clock == "process_time")
     assert seconds == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [3.0] * 4}
     assert "".join(prepared) == "abcbcacababc"
     assert common.ratios(seconds, "c", "b") == [1.5] * 4
@@ -159,7 +162,7 @@ def test_whole_run(main, ours, others, tmp_path, capsys) -> None:
     assert run["seconds"][ours][0] > 0
     assert all(len(values) == 1 for values in run["seconds"].values())
     printed = capsys.readouterr().out
-    assert all(f"{value:.2f} x  {name}" in printed for name, value in run["median_ratios"].items())
+    assert all(f"| {name} | {value:.2f} |" in printed for name, value in run["median_ratios"].items())
 
 
 @pytest.mark.parametrize("path", sorted((HERE / "results").glob("*.json")), ids=lambda path: path.stem)
