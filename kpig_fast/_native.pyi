@@ -1,4 +1,4 @@
-"""Types of the native module (csrc/bindings.cpp)."""
+"""Types of the native module (csrc/bindings.cpp). Tensors come as addresses and strides."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,6 +6,27 @@ from numpy.typing import NDArray
 Forest = tuple[
     NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]
 ]
+Heads = tuple[int, int, int]
+Rows = tuple[int, int, int, int, int, float, float]
+
+KEY_CHUNK: int
+QUERY_BLOCK: int
+HEAD_MULTIPLE: int
+
+class Attention:
+    def __init__(
+        self,
+        q: Heads,
+        k: Heads,
+        v: Heads,
+        subtree_end: int,
+        position_ids: int,
+        sizes: tuple[int, int, int, int, int],
+        scale: float,
+        softcap: float,
+        window: int,
+        /,
+    ) -> None: ...
 
 def pack_forests(
     tokens: NDArray[np.int32],
@@ -14,3 +35,45 @@ def pack_forests(
     *,
     max_tokens: int,
 ) -> list[Forest]: ...
+def tree_attention_float(tree: Attention, sinks: int, out: Heads, lse: int, threads: int, /) -> None: ...
+def tree_attention_double(tree: Attention, sinks: int, out: Heads, lse: int, threads: int, /) -> None: ...
+def tree_attention_backward_float(
+    tree: Attention,
+    grad: Heads,
+    out: Heads,
+    lse: int,
+    delta: int,
+    dq: Heads,
+    dk: int,
+    dv: int,
+    segments: int,
+    threads: int,
+    /,
+) -> None: ...
+def tree_attention_backward_double(
+    tree: Attention,
+    grad: Heads,
+    out: Heads,
+    lse: int,
+    delta: int,
+    dq: Heads,
+    dk: int,
+    dv: int,
+    segments: int,
+    threads: int,
+    /,
+) -> None: ...
+def score_tile_float(
+    tile: Rows, first_column: int, target: int, top: int, total: int, picked: int, threads: int, /
+) -> None: ...
+def score_tile_double(
+    tile: Rows, first_column: int, target: int, top: int, total: int, picked: int, threads: int, /
+) -> None: ...
+def logprob_rows_float(z: Rows, target: int, upstream: int, out: int, threads: int, /) -> None: ...
+def logprob_rows_double(z: Rows, target: int, upstream: int, out: int, threads: int, /) -> None: ...
+def jsd_rows_float(z: Rows, reference: Rows, temperature: int, upstream: int, out: int, threads: int, /) -> None: ...
+def jsd_rows_double(z: Rows, reference: Rows, temperature: int, upstream: int, out: int, threads: int, /) -> None: ...
+def supported_isas() -> list[str]: ...
+def isa_name() -> str: ...
+def use_isa(name: str, /) -> None: ...
+def thread_source() -> str: ...

@@ -10,13 +10,14 @@ _PACKAGES = ("kpig-fast", "torch", "transformers", "accelerate", "peft", "datase
 
 
 def environment() -> dict[str, Any]:
-    """Versions of Python and the packages that matter, processor, cores, memory in GiB, and GPUs."""
+    """Versions of Python and the packages that matter, processor, cores, CPU kernels, memory in GiB, and GPUs."""
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
+        "cpu_kernels": _cpu_kernels(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(),
     }
@@ -35,6 +36,15 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _cpu_kernels() -> dict[str, str]:
+    # First, so that the kernels find its threads.
+    import torch  # noqa: F401
+
+    from kpig_fast import _native
+
+    return {"instruction_set": _native.isa_name(), "threads_from": _native.thread_source()}
 
 
 def _gpus() -> list[str]:

@@ -15,4 +15,4 @@ def shared() -> Path:
     return SHARED.resolve()
 
 
-pytest_plugins = ["small_run"]
+pytest_plugins = ["ops_paths", "small_run"]

@@ -7,11 +7,24 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# [N, V, D]: no row, one row, ragged tails of rows and vocabulary, hidden size 1, a real vocabulary size.
-SHAPES = [(0, 97, 65), (1, 97, 1), (63, 97, 65), (63, 1003, 1), (257, 1003, 65), (5, 32001, 65)]
+# [N, V, D]: no row, one row, ragged tails of rows and vocabulary, hidden size 1, real hidden and vocabulary sizes.
+SHAPES = [
+    (0, 97, 65),
+    (1, 97, 65),
+    (63, 97, 65),
+    (257, 97, 896),
+    (1, 1003, 896),
+    (63, 1003, 1),
+    (257, 1003, 65),
+    (1, 32001, 65),
+    (63, 32001, 1),
+    (5, 50257, 65),
+]
+SMALLEST = [(1, 1, 1), (1, 2, 1), (1, 97, 1), (2, 1, 3)]
 TRANSFORMS = [{}, {"softcap": 4.0}, {"logit_scale": 0.3}, {"softcap": 2.5, "logit_scale": 1.7}]
 
 Operator = Callable[..., Tensor]
+Transform = tuple[Tensor | None, float | None, float]
 
 
 def ops_module(name: str) -> ModuleType:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ops_cases import (
     SHAPES,
+    SMALLEST,
     TRANSFORMS,
     assert_as_exact_as_torch,
     assert_exact_in_float64,
@@ -25,12 +26,14 @@ from kpig_fast.ops.reference import linear_jsd_reference
 WANTED = ["hidden", "weight"]
 BOTH_SIDES = [*WANTED, "bias", "ref_hidden", "ref_weight", "ref_bias"]
 
+pytestmark = pytest.mark.usefixtures("path")
+
 
 @pytest.fixture
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 5 rows, swept 2 rows at a time, with ragged ends, for a vocabulary of 97."""
     monkeypatch.setattr(ops_module("head"), "CHUNK_ELEMENTS", 5 * 2 * 97)
-    monkeypatch.setattr(ops_module("head"), "SWEEP_ELEMENTS", 2 * 97)
+    monkeypatch.setattr(ops_module("rows_torch"), "SWEEP_ELEMENTS", 2 * 97)
 
 
 def close_models(sigma: float, *, n: int = 40, v: int = 4099, d: int = 64) -> dict[str, Tensor]:
@@ -47,6 +50,11 @@ def close_models(sigma: float, *, n: int = 40, v: int = 4099, d: int = 64) -> di
 @pytest.mark.parametrize(("n", "v", "d"), SHAPES)
 def test_non_uniform_upstream_gradient(n: int, v: int, d: int) -> None:
     assert_as_exact_as_torch(linear_jsd, linear_jsd_reference, jsd_inputs(n, v, d), upstream(n), WANTED)
+
+
+@pytest.mark.parametrize(("n", "v", "d"), SMALLEST)
+def test_smallest_inputs(n: int, v: int, d: int) -> None:
+    assert_exact_in_float64(linear_jsd, linear_jsd_reference, jsd_inputs(n, v, d, bias=True), upstream(n), BOTH_SIDES)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -133,6 +141,14 @@ def test_both_probabilities_underflow() -> None:
     inputs = {"hidden": torch.ones(1, 1), "weight": weight, "ref_hidden": torch.full((1, 1), 1.5), "ref_weight": weight}
     found = run(linear_jsd, inputs | {"temperature": torch.ones(1)}, torch.ones(1), BOTH_SIDES[:2] + BOTH_SIDES[3:5])
     assert all(torch.equal(x, torch.zeros_like(x)) for x in found.values())
+
+
+@pytest.mark.parametrize("side", ["hidden", "ref_hidden"])
+def test_a_row_that_is_not_a_number_stays_visible(side: str) -> None:
+    inputs = jsd_inputs(4, 97, 8)
+    inputs[side][2, 3] = math.nan
+    out = linear_jsd(**inputs)
+    assert out.isnan().tolist() == [False, False, True, False]
 
 
 def test_symmetric() -> None:

@@ -11,6 +11,8 @@ from kpig_fast.ops.reference import linear_jsd_reference, response_logprob_refer
 SCALES = {"ce_scale": 1 / 57, "jsd_scale": 0.02 / 57}
 WANTED = ["hidden", "masked_hidden", "weight", "bias"]
 
+pytestmark = pytest.mark.usefixtures("path")
+
 
 def loss_inputs(n: int, m: int, v: int = 97, d: int = 65) -> dict[str, Tensor]:
     """Arguments of ``linear_kpig_loss`` for n complete and m masked rows, every fifth complete row left out."""
@@ -60,7 +62,7 @@ def assert_exact(inputs: dict[str, Tensor], wanted: list[str] = WANTED, **option
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 10 (divergence: 5) rows, swept 2 at a time, with ragged ends, for a vocabulary of 97."""
     monkeypatch.setattr(ops_module("head"), "CHUNK_ELEMENTS", 5 * 2 * 97)
-    monkeypatch.setattr(ops_module("head"), "SWEEP_ELEMENTS", 2 * 97)
+    monkeypatch.setattr(ops_module("rows_torch"), "SWEEP_ELEMENTS", 2 * 97)
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 7), (7, 0), (1, 1), (63, 41), (257, 256)])
@@ -143,6 +145,16 @@ def test_bf16_inputs_give_float32_logits_of_the_widened_inputs() -> None:
     wide = run(linear_kpig_loss, widened(inputs, torch.float32) | fixed, WANTED)
     assert all(torch.equal(found[name], wide[name]) for name in ("loss", "log_probs", "jsd"))
     assert all(torch.equal(found[name], wide[name].bfloat16()) for name in WANTED)
+
+
+@pytest.mark.parametrize("side", ["hidden", "masked_hidden", "ref_hidden"])
+def test_a_row_that_is_not_a_number_shows_in_the_loss(side: str) -> None:
+    inputs = loss_inputs(9, 8)
+    inputs[side][4, 3] = float("nan")
+    out = linear_kpig_loss(**inputs, **SCALES)
+    part = out.log_probs if side == "hidden" else out.jsd
+    assert part.isnan().nonzero()[:, 0].tolist() == [4]
+    assert out.loss.isnan()
 
 
 @pytest.mark.parametrize("size", [1e4, 1e-4])

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from attention_cases import arrays, attention_inputs, random_parents
 from ops_cases import head_inputs, jsd_inputs, targets
-from test_ops_tree_attention import arrays, attention_inputs, random_parents
+from ops_paths import FASTEST
 from torch import Tensor
 
 from kpig_fast.ops import linear_jsd, linear_kpig_loss, response_logprob, tree_attention
@@ -16,6 +17,11 @@ TARGET = targets(N, V)
 TREE = arrays(random_parents(T, 1))
 
 Call = Callable[..., Tensor]
+
+pytestmark = [
+    pytest.mark.usefixtures("path"),
+    pytest.mark.parametrize("path", FASTEST, indirect=True, scope="module"),
+]
 
 
 def logprob_arguments() -> list[Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ops_cases import (
     SHAPES,
+    SMALLEST,
     TRANSFORMS,
     assert_as_exact_as_torch,
     assert_exact_in_float64,
@@ -23,6 +24,8 @@ from kpig_fast.ops.reference import response_logprob_reference
 
 WANTED = ["hidden", "weight"]
 
+pytestmark = pytest.mark.usefixtures("path")
+
 
 @pytest.fixture
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +41,13 @@ def test_non_uniform_upstream_gradient(n: int, v: int, d: int) -> None:
     assert_as_exact_as_torch(
         response_logprob, response_logprob_reference, inputs, upstream(n), WANTED, target=targets(n, v)
     )
+
+
+@pytest.mark.parametrize(("n", "v", "d"), SMALLEST)
+def test_smallest_inputs(n: int, v: int, d: int) -> None:
+    fixed = {"target": targets(n, v, ignored=False)}
+    wanted, inputs = [*WANTED, "bias"], head_inputs(n, v, d, bias=True)
+    assert_exact_in_float64(response_logprob, response_logprob_reference, inputs, upstream(n), wanted, **fixed)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -121,6 +131,14 @@ def test_extreme_logits(size: float) -> None:
     for name, truth in exact.items():
         assert torch.isfinite(found[name]).all()
         assert relative(found[name], truth) < (1e-5 if name == "out" else tolerance)
+
+
+def test_a_row_that_is_not_a_number_stays_visible() -> None:
+    inputs, target = head_inputs(4, 97, 8), targets(4, 97, ignored=False)
+    inputs["hidden"][2, 3] = math.nan
+    found = run(response_logprob, inputs, upstream(4), ["hidden"], target=target)
+    assert found["out"].isnan().tolist() == [False, False, True, False]
+    assert found["hidden"].isnan().any(1).tolist() == [False, False, True, False]
 
 
 def test_unlikely_targets_keep_their_log_probability_and_gradient() -> None:

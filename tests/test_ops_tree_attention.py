@@ -1,13 +1,11 @@
-"""Attention on random forests against the dense reference, and the reference against the definition of a tree."""
+"""Attention on a token tree against the dense reference, on every path."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from ops_cases import ops_module, relative
-from torch import Tensor
+from attention_cases import WANTED, arrays, assert_exact, attention_inputs, random_parents, run, upstream
+from ops_cases import relative
 
 from kpig_fast.ops import tree_attention
 from kpig_fast.ops.reference import tree_attention_reference, tree_mask
@@ -20,133 +18,15 @@ VARIANTS = [
     {"sinks": True},
     {"scale": 0.1, "window": 40, "softcap": 3.0, "sinks": True},
 ]
-WANTED = ["q", "k", "v", "sinks"]
 
-unhurried = settings(deadline=None, max_examples=40)
-
-
-def random_parents(tokens: int, seed: int) -> list[int]:
-    """Parents (-1: a root) in depth-first order: mostly chains, with jumps back to an ancestor or a new root."""
-    generator = torch.Generator().manual_seed(seed)
-    parents: list[int] = []
-    path: list[int] = []
-    for token in range(tokens):
-        if path and float(torch.rand(1, generator=generator)) < 0.2:
-            path = path[: int(torch.randint(len(path) + 1, (1,), generator=generator))]
-        parents.append(path[-1] if path else -1)
-        path = [*path, token]
-    return parents
-
-
-def arrays(parents: list[int]) -> tuple[Tensor, Tensor]:
-    """``subtree_end`` and ``position_ids`` of a forest given by its parents."""
-    ends, depths = list(range(1, len(parents) + 1)), []
-    for parent in parents:
-        depths.append(0 if parent < 0 else depths[parent] + 1)
-    for token in reversed(range(len(parents))):
-        if parents[token] >= 0:
-            ends[parents[token]] = max(ends[parents[token]], ends[token])
-    return torch.tensor(ends, dtype=torch.int32), torch.tensor(depths, dtype=torch.int32)
-
-
-def attention_inputs(
-    tokens: int, *, heads: int = 4, kv_heads: int = 2, d: int = 8, dv: int = 8, seed: int = 0, sinks: bool = False
-) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    inputs = {"q": 2 * normal(heads, tokens, d), "k": normal(kv_heads, tokens, d), "v": normal(kv_heads, tokens, dv)}
-    return inputs | ({"sinks": normal(heads)} if sinks else {})
-
-
-def upstream(out: Tensor) -> Tensor:
-    """A non-uniform gradient by the output, the same numbers in every dtype up to rounding."""
-    steps = torch.arange(out.numel(), dtype=torch.float64)
-    return ((steps * 0.37).sin().view(out.shape) + 0.3).to(out.dtype)
-
-
-def run(function, inputs: dict[str, Tensor], parents: list[int], dtype: torch.dtype, **options) -> dict[str, Tensor]:
-    """Output and all gradients."""
-    leaves = {name: x.to(dtype).detach().requires_grad_() for name, x in inputs.items()}
-    ends, depths = arrays(parents)
-    q, k, v = (leaves[name] for name in "qkv")
-    out = function(q, k, v, ends, depths, sinks=leaves.get("sinks"), **options)
-    out.backward(upstream(out))
-    return {"out": out.detach()} | {name: x.grad for name, x in leaves.items() if x.grad is not None}
-
-
-def assert_exact(inputs: dict[str, Tensor], parents: list[int], **options) -> None:
-    """float64 equals the reference; float32 errs at most twice (gradients: three times) as far as the reference."""
-    exact = run(tree_attention_reference, inputs, parents, torch.float64, **options)
-    double = run(tree_attention, inputs, parents, torch.float64, **options)
-    own = run(tree_attention_reference, inputs, parents, torch.float32, **options)
-    found = run(tree_attention, inputs, parents, torch.float32, **options)
-    assert set(found) == {"out", *inputs}
-    for name, truth in exact.items():
-        torch.testing.assert_close(double[name], truth, rtol=1e-11, atol=1e-12)
-        assert found[name].shape == truth.shape
-        if truth.numel():
-            allowed = (2 if name == "out" else 3) * float((own[name] - truth).abs().max())
-            # Terms of size 1 cancel in the gradient of a token that sees itself alone.
-            allowed += 2 * 2**-23 * max(1, float(truth.abs().max()))
-            assert float((found[name] - truth).abs().max()) <= allowed, name
-
-
-@given(st.integers(0, 60), st.integers(0, 2**31))
-@unhurried
-def test_mask_is_ancestry(tokens: int, seed: int) -> None:
-    parents = random_parents(tokens, seed)
-    seen: list[set[int]] = []
-    for token, parent in enumerate(parents):
-        seen.append({token} | (seen[parent] if parent >= 0 else set()))
-    ends, depths = arrays(parents)
-    mask = tree_mask(ends, depths)
-    windowed = tree_mask(ends, depths, 3)
-    for q, ancestors in enumerate(seen):
-        assert set(mask[q].nonzero()[:, 0].tolist()) == ancestors
-        near = {k for k in ancestors if len(seen[q]) - len(seen[k]) < 3}
-        assert set(windowed[q].nonzero()[:, 0].tolist()) == near
+pytestmark = pytest.mark.usefixtures("path")
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-@pytest.mark.parametrize("tokens", [0, 1, 127, 128, 129, 500])
+@pytest.mark.parametrize("tokens", [0, 1, 63, 64, 65, 129, 500])
 def test_sizes_around_the_block(tokens: int, options: dict) -> None:
     inputs = attention_inputs(tokens, sinks=options.get("sinks", False))
     assert_exact(inputs, random_parents(tokens, tokens), **{k: v for k, v in options.items() if k != "sinks"})
-
-
-@given(
-    tokens=st.integers(1, 40),
-    seed=st.integers(0, 2**31),
-    groups=st.integers(1, 3),
-    kv_heads=st.integers(1, 3),
-    window=st.none() | st.integers(1, 12),
-    softcap=st.none() | st.floats(0.5, 5),
-    sinks=st.booleans(),
-)
-@unhurried
-def test_random_forests_in_small_blocks(
-    tokens: int, seed: int, groups: int, kv_heads: int, window: int | None, softcap: float | None, sinks: bool
-) -> None:
-    inputs = attention_inputs(tokens, heads=groups * kv_heads, kv_heads=kv_heads, d=3, dv=5, seed=seed, sinks=sinks)
-    parents = random_parents(tokens, seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops_module("tree_attention"), "BLOCK", 7)
-        found = run(tree_attention, inputs, parents, torch.float64, window=window, softcap=softcap)
-    exact = run(tree_attention_reference, inputs, parents, torch.float64, window=window, softcap=softcap)
-    for name, truth in exact.items():
-        torch.testing.assert_close(found[name], truth, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("block", [1, 7, 64, 1000])
-def test_block_size_does_not_matter(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, parents = attention_inputs(150), random_parents(150, 3)
-    expected = run(tree_attention, inputs, parents, torch.float64, window=9)
-    monkeypatch.setattr(ops_module("tree_attention"), "BLOCK", block)
-    for name, x in run(tree_attention, inputs, parents, torch.float64, window=9).items():
-        torch.testing.assert_close(x, expected[name], rtol=1e-12, atol=1e-13)
 
 
 def test_a_chain_is_causal_attention() -> None:
@@ -229,8 +109,7 @@ def test_backward_runs_twice_over_one_graph() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 3, "softcap": 1.5}])
-def test_gradcheck(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops_module("tree_attention"), "BLOCK", 4)
+def test_gradcheck(options: dict) -> None:
     tensors = attention_inputs(9, d=2, dv=3, sinks=True)
     inputs = [tensors[name].double().requires_grad_() for name in WANTED]
     ends, depths = arrays(random_parents(9, 8))

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 #include <utility>
 
@@ -11,15 +12,20 @@ namespace {
 constexpr std::array<std::pair<Isa, const char*>, 3> kFastestFirst{
     {{Isa::avx512, "avx512"}, {Isa::avx2, "avx2"}, {Isa::portable, "portable"}}};
 
-Isa fastest() {
-  for (const auto& [isa, name] : kFastestFirst) {
-    if (supports(isa)) return isa;
+Isa named(const std::string& name) {
+  for (const auto& [isa, known] : kFastestFirst) {
+    if (name == known && supports(isa)) return isa;
   }
-  return Isa::portable;
+  std::string choice;
+  for (const auto& known : supported_isas()) choice += (choice.empty() ? "" : ", ") + known;
+  throw std::invalid_argument("this machine has no instruction set '" + name + "'; give one of " + choice);
 }
 
 std::atomic<Isa>& in_use() {
-  static std::atomic<Isa> isa = fastest();
+  static std::atomic<Isa> isa = [] {
+    const char* wanted = std::getenv("KPIG_CPU_ISA");
+    return named(wanted == nullptr ? supported_isas().front() : wanted);
+  }();
   return isa;
 }
 
@@ -46,16 +52,13 @@ std::vector<std::string> supported_isas() {
 
 Isa isa_in_use() { return in_use(); }
 
-void use_isa(const std::string& name) {
-  for (const auto& [isa, known] : kFastestFirst) {
-    if (name == known && supports(isa)) {
-      in_use() = isa;
-      return;
-    }
+const char* isa_name() {
+  for (const auto& [isa, name] : kFastestFirst) {
+    if (isa == in_use()) return name;
   }
-  std::string choice;
-  for (const auto& known : supported_isas()) choice += (choice.empty() ? "" : ", ") + known;
-  throw std::invalid_argument("this machine has no instruction set '" + name + "'; give one of " + choice);
+  return "";
 }
+
+void use_isa(const std::string& name) { in_use() = named(name); }
 
 }  // namespace kpig::cpu

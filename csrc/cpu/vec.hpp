@@ -30,7 +30,8 @@ inline constexpr std::int64_t kLanes = kVectorBytes / sizeof(T);
 
 template <class T>
 KPIG_ROWMATH Vec<T> splat(T value) {
-  return Vec<T>{} + value;
+  // Unlike adding zero, which would turn -0 into 0, this costs nothing.
+  return value - Vec<T>{};
 }
 
 template <class T>

@@ -1,6 +1,7 @@
 // Elementary functions of float, double, or a SIMD vector of either, the same code for CPU and CUDA.
 //
-// float: branch-free polynomials, error at most 2 ulp, NaN in gives NaN out. double: the standard library, lane by lane.
+// float: branch-free polynomials, error at most 2 ulp, NaN in gives NaN out. double: the standard library, lane by
+// lane.
 #pragma once
 
 #include <cmath>

@@ -19,8 +19,8 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 // Distance in units of the last place of `exact`, of at least the smallest normal number.
 double ulps(float found, double exact) {
-  if (std::isnan(exact) || std::isinf(exact)) return std::bit_cast<std::uint32_t>(found) !=
-                                                     std::bit_cast<std::uint32_t>(static_cast<float>(exact));
+  if (std::isnan(exact) || std::isinf(exact))
+    return std::bit_cast<std::uint32_t>(found) != std::bit_cast<std::uint32_t>(static_cast<float>(exact));
   const int exponent = std::max(std::ilogb(exact), -126);
   return std::abs(found - exact) / std::ldexp(1.0, exponent - 23);
 }

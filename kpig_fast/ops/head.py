@@ -1,32 +1,33 @@
-"""What the operators over the vocabulary share: logits of a block of rows, block sizes, argument checks.
+"""What the operators over the vocabulary share: products of a chunk of rows, their gradients, argument checks.
 
-N rows, D hidden size, V vocabulary. Logits are float32 from the accumulator on (float64 for float64 hidden states):
-bf16 logits would reorder gains and spoil the divergence of two close models.
+N rows, D hidden size, V vocabulary. Products and logits are float32 from the accumulator on (float64 for float64 hidden
+states): bf16 logits would reorder gains and spoil the divergence of two close models.
+The library's matrix product forms z = hidden @ weight.T of a chunk; a row pass turns z into results and, in place, into
+the gradient by z; two more products give the gradients by hidden states and weight. Row passes are those of csrc/cpu on
+a CPU, plain PyTorch elsewhere.
 """
 
 from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kpig_fast.ops import rows_cpu, rows_torch
+from kpig_fast.ops.native import runs_native
 from kpig_fast.ops.reference import IGNORE
 
-# Elements of one training chunk's logits: 512 MB in float32; longer chunks read and write dW less often.
+# Elements of a training chunk: 512 MB in float32; longer chunks read and write dW less often.
 CHUNK_ELEMENTS = 2**27
-# Elements that the element-wise passes of a training chunk take at a time.
-SWEEP_ELEMENTS = 2**20
 
 
-def logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float, dtype: torch.dtype
-) -> Tensor:
-    """[N, V] fresh: ``softcap · tanh((hidden @ weight.T + bias) · logit_scale / softcap)`` in ``dtype``."""
-    out = torch.mm(hidden.to(dtype), weight.to(dtype).t())
-    if bias is not None:
-        out.add_(bias.to(dtype))
-    if softcap is not None:
-        return out.mul_(logit_scale / softcap).tanh_().mul_(softcap)
-    return out if logit_scale == 1.0 else out.mul_(logit_scale)
+class Transform(NamedTuple):
+    """How raw products become logits: ``softcap · tanh((z + bias) · logit_scale / softcap)``."""
+
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
 
 
 class Head:
@@ -43,40 +44,47 @@ class Head:
         wants_weight: bool = False,
         wants_bias: bool = False,
     ) -> None:
-        self.weight, self.bias, self.softcap, self.logit_scale = weight.to(dtype), bias, softcap, logit_scale
-        self.dweight = torch.zeros_like(self.weight) if wants_weight else self.weight.new_empty(0)
+        self.weight = weight.to(dtype)
+        self.transform = Transform(None if bias is None else bias.to(dtype).contiguous(), softcap, logit_scale)
+        self.dweight = torch.empty_like(self.weight) if wants_weight else self.weight.new_empty(0)
         self.dbias = self.weight.new_zeros(len(weight)) if wants_bias else self.weight.new_empty(0)
         self.wants_weight, self.wants_bias = wants_weight, wants_bias
+        self.chunks_added = 0
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, V]: a fresh buffer with the logits of ``hidden`` [n, D]."""
-        return logits(hidden, self.weight, self.bias, self.softcap, self.logit_scale, self.weight.dtype)
+    def products(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """``out`` [n, V] filled with ``hidden`` [n, D] times the weight."""
+        return torch.mm(hidden.to(out.dtype), self.weight.t(), out=out)
 
-    def before_overwriting(self, z: Tensor) -> Tensor | None:
-        """What ``backward`` must know of the logits ``z`` [n, V] after they have become their gradient."""
-        return None if self.softcap is None else (z / self.softcap).square_()
-
-    def backward(self, dz: Tensor, kept: Tensor | None, hidden: Tensor) -> Tensor:
-        """[n, D], the gradient by ``hidden`` from that by its logits ``dz`` (destroyed); adds to the parameters'."""
-        if kept is not None:
-            dz.mul_(kept.neg_().add_(1))
-        if self.logit_scale != 1.0:
-            dz.mul_(self.logit_scale)
+    def backward(self, dz: Tensor, hidden: Tensor) -> Tensor:
+        """[n, D], the gradient by ``hidden`` from that by its products ``dz`` [n, V]; adds to the parameters'."""
         if self.wants_weight:
-            self.dweight.addmm_(dz.t(), hidden.to(dz.dtype))
+            # The first product overwrites, so that nothing is set to zero before.
+            first = 1 if self.chunks_added else 0
+            self.dweight.addmm_(dz.t(), hidden.to(dz.dtype), beta=first)
         if self.wants_bias:
             self.dbias += dz.sum(0)
+        self.chunks_added += 1
         return torch.mm(dz, self.weight)
 
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """By weight [V, D] and bias [V]; empty where not wanted."""
+        return self.dweight if self.chunks_added else self.dweight.zero_(), self.dbias
 
-def chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Cut rows into training chunks."""
-    return blocks(rows, max(1, CHUNK_ELEMENTS // vocabulary))
+
+def chunk_space(like: Tensor, rows: int, columns: int) -> Tensor:
+    """A flat buffer for chunks of ``rows`` rows of ``columns`` products: all of them, or CHUNK_ELEMENTS."""
+    return like.new_empty(max(columns, min(CHUNK_ELEMENTS // columns, rows) * columns))
 
 
-def sweeps(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Cut the rows of a chunk into what the element-wise passes take at a time."""
-    return blocks(rows, max(1, SWEEP_ELEMENTS // vocabulary))
+def chunks(space: Tensor, rows: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
+    """Cut rows into chunks that fit into ``space``; each with its part of it, [n, columns]."""
+    for part in blocks(rows, len(space) // columns):
+        yield part, space[: (part.stop - part.start) * columns].view(-1, columns)
+
+
+def row_passes(z: Tensor) -> ModuleType:
+    """The module whose functions work on rows like those of ``z``."""
+    return rows_cpu if runs_native(z) else rows_torch
 
 
 def blocks(total: int, size: int) -> Iterator[slice]:

@@ -4,61 +4,43 @@
     z = cap(hidden @ weight.T + bias)      r = cap(ref_hidden @ ref_weight.T + ref_bias)
 
 N rows, D and Dr hidden sizes, V vocabulary, t the temperature of each row. Both directions work on chunks of rows; the
-backward pass forms a chunk's logits again and overwrites them with their gradient.
+backward pass forms a chunk's products again and overwrites them with their gradient.
 The divergence is symmetric, so the gradient by the reference side is the same operator with the sides exchanged.
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kpig_fast.ops.head import Head, check_head, chunks, sweeps
+from kpig_fast.ops.head import Head, check_head, chunk_space, chunks, row_passes
 from kpig_fast.ops.precision import compute_dtype, without_autocast
-
-LN2 = math.log(2.0)
 
 Side = tuple[Tensor, Tensor, Tensor | None]
 
 
 def jsd_pass(
-    head: Head, hidden: Tensor, ref_head: Head, ref_hidden: Tensor, temperature: Tensor, upstream: Tensor | None
+    head: Head,
+    hidden: Tensor,
+    ref_head: Head,
+    ref_hidden: Tensor,
+    temperature: Tensor,
+    upstream: Tensor | None,
+    space: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Divergences [N] by chunks of rows; for an ``upstream`` [N] also the gradient by hidden (else empty)."""
-    t = temperature.to(head.weight.dtype)
+    """Divergences [N] by chunks of rows in ``space``; for an ``upstream`` [N] also the gradient by hidden."""
+    t = temperature.to(head.weight.dtype).contiguous()
     out = torch.empty_like(t)
     dhidden = hidden.new_empty(0 if upstream is None else hidden.shape)
-    for rows in chunks(len(t), 2 * len(head.weight)):
-        z, r = head.logits(hidden[rows]), ref_head.logits(ref_hidden[rows])
-        kept = None if upstream is None else head.before_overwriting(z)
-        _sweep(z, r, t[rows], out[rows], None if upstream is None else upstream[rows])
+    vocabulary = len(head.weight)
+    for rows, both in chunks(space, len(t), 2 * vocabulary):
+        n = rows.stop - rows.start
+        z, r = both.view(2, n, vocabulary)
+        head.products(hidden[rows], z)
+        ref_head.products(ref_hidden[rows], r)
+        grad = None if upstream is None else upstream[rows]
+        row_passes(z).jsd(z, head.transform, r, ref_head.transform, t[rows], out[rows], grad)
         if upstream is not None:
-            dhidden[rows] = head.backward(z, kept, hidden[rows])
-        # Or the next chunk's logits would be formed beside them.
-        del z, r, kept
+            dhidden[rows] = head.backward(z, hidden[rows])
     return out, dhidden
-
-
-def _sweep(z: Tensor, r: Tensor, temperature: Tensor, out: Tensor, upstream: Tensor | None) -> None:
-    """Write divergences to ``out`` [n], destroying both logits [n, V]; for an ``upstream`` [n], ``z`` is the gradient.
-
-    With ``a, b`` the log-probabilities of p, q and m their mean: ``log(p/m) = ln 2 + logsigmoid(a - b)``,
-    ``log(q/m) = ln 2 + logsigmoid(b - a)``, and ``d out/dz = p (log(p/m) - KL_p) / (2 t ln 2)``: finite where both
-    probabilities underflow.
-    """
-    for rows in sweeps(*z.shape):
-        t = temperature[rows, None]
-        a, b = F.log_softmax(z[rows].div_(t), -1), F.log_softmax(r[rows].div_(t), -1)
-        difference = a - b
-        log_pm = F.logsigmoid(difference).add_(LN2)
-        log_qm = F.logsigmoid(difference.neg_()).add_(LN2)
-        kl_q = log_qm.mul_(b.exp_()).sum(-1)
-        p = a.exp_()
-        kl_p = (p * log_pm).sum(-1)
-        out[rows] = ((kl_p + kl_q) / (2 * LN2)).clamp_(min=0)
-        if upstream is not None:
-            torch.mul(p, log_pm.sub_(kl_p[:, None]).mul_(upstream[rows, None] / (2 * LN2 * t)), out=z[rows])
 
 
 def check_sides(name: str, model: Side, reference: Side, temperature: Tensor) -> None:
@@ -86,7 +68,8 @@ def _linear_jsd(
     dtype = compute_dtype(hidden)
     head = Head(weight, bias, softcap, logit_scale, dtype)
     ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, dtype)
-    out, _ = jsd_pass(head, hidden, ref_head, ref_hidden, temperature, None)
+    space = chunk_space(head.weight, len(hidden), 2 * len(weight))
+    out, _ = jsd_pass(head, hidden, ref_head, ref_hidden, temperature, None, space)
     return out
 
 
@@ -114,8 +97,10 @@ def _linear_jsd_backward(
     dtype = compute_dtype(hidden)
     head = Head(weight, bias, softcap, logit_scale, dtype, wants_weight=wants_weight, wants_bias=wants_bias)
     ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, dtype)
-    _, dhidden = jsd_pass(head, hidden, ref_head, ref_hidden, temperature, grad)
-    return dhidden, head.dweight.to(weight.dtype), head.dbias if bias is None else head.dbias.to(bias.dtype)
+    space = chunk_space(head.weight, len(hidden), 2 * len(weight))
+    _, dhidden = jsd_pass(head, hidden, ref_head, ref_hidden, temperature, grad.to(dtype).contiguous(), space)
+    dweight, dbias = head.gradients()
+    return dhidden, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
 
 @_linear_jsd_backward.register_fake

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kpig_fast.ops.head import Head, check_head, check_targets
+from kpig_fast.ops.head import Head, check_head, check_targets, chunk_space
 from kpig_fast.ops.linear_jsd import check_sides, jsd_pass
 from kpig_fast.ops.precision import compute_dtype, without_autocast
 from kpig_fast.ops.response_logprob import logprob_pass
@@ -54,10 +54,12 @@ def _linear_kpig_loss(
     wants_any = wants_hidden or wants_weight or wants_bias
     by_log_prob = hidden.new_full(target.shape, -ce_scale, dtype=dtype) if wants_any else None
     by_jsd = hidden.new_full(temperature.shape, jsd_scale, dtype=dtype) if wants_any else None
-    log_probs, dhidden = logprob_pass(head, hidden, target, by_log_prob)
-    jsd, dmasked = jsd_pass(head, masked_hidden, ref_head, ref_hidden, temperature, by_jsd)
+    space = chunk_space(head.weight, max((len(hidden) + 1) // 2, len(masked_hidden)), 2 * len(weight))
+    log_probs, dhidden = logprob_pass(head, hidden, target, by_log_prob, space)
+    jsd, dmasked = jsd_pass(head, masked_hidden, ref_head, ref_hidden, temperature, by_jsd, space)
     loss = jsd.sum() * jsd_scale - log_probs.sum() * ce_scale
-    return loss, log_probs, jsd, dhidden, dmasked, head.dweight.to(weight.dtype), head.dbias
+    dweight, dbias = head.gradients()
+    return loss, log_probs, jsd, dhidden, dmasked, dweight.to(weight.dtype), dbias
 
 
 @_linear_kpig_loss.register_fake
@@ -90,9 +92,13 @@ def _backward(ctx, grad, *_):
     wants = ctx.needs_input_grad
     grads = [None] * len(wants)
     if grad is not None:
+        # Mostly the loss itself is differentiated: then no second copy of the weight's gradient is made. A tracer's
+        # tensor has no value to look at, and looking at one on a GPU would wait for it.
+        plain = type(grad) is Tensor and grad.device.type == "cpu" and grad.item() == 1
         for index, saved in ((0, dhidden), (2, dmasked), (5, dweight), (7, dbias)):
             if wants[index]:
-                grads[index] = (grad * saved).to(ctx.bias_dtype if index == 7 else saved.dtype)
+                scaled = saved if plain else grad * saved
+                grads[index] = scaled.to(ctx.bias_dtype if index == 7 else saved.dtype)
     return tuple(grads)
 
 

@@ -7,45 +7,39 @@ N rows, D hidden size, V vocabulary. Forward: tiles of rows × vocabulary with a
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kpig_fast.ops.head import Head, blocks, check_head, check_targets, chunks, logits, sweeps
+from kpig_fast.ops.head import (
+    Head,
+    Transform,
+    blocks,
+    check_head,
+    check_targets,
+    chunk_space,
+    chunks,
+    row_passes,
+)
 from kpig_fast.ops.precision import compute_dtype, without_autocast
 from kpig_fast.ops.reference import IGNORE
 
-# Rows × vocabulary columns of one no-gradient tile: a float32 tile of 8 MB stays near the cores.
-TILE_ROWS, TILE_COLUMNS = 512, 4096
+# Rows × vocabulary columns of one no-gradient tile: 1 MB in float32, still in the core's cache when it is swept.
+TILE_ROWS, TILE_COLUMNS = 256, 1024
 
 
-def logprob_pass(head: Head, hidden: Tensor, target: Tensor, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N] by chunks of rows; for an ``upstream`` [N] also the gradient by hidden (else empty)."""
+def logprob_pass(
+    head: Head, hidden: Tensor, target: Tensor, upstream: Tensor | None, space: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N] by chunks of rows in ``space``; for an ``upstream`` [N] also the gradient by hidden."""
+    target = target.contiguous()
     out = torch.empty(target.shape, dtype=head.weight.dtype, device=hidden.device)
     dhidden = hidden.new_empty(0 if upstream is None else hidden.shape)
-    for rows in chunks(len(target), len(head.weight)):
-        z = head.logits(hidden[rows])
-        kept = None if upstream is None else head.before_overwriting(z)
-        _sweep(z, target[rows], out[rows], None if upstream is None else upstream[rows])
+    for rows, z in chunks(space, len(target), len(head.weight)):
+        head.products(hidden[rows], z)
+        grad = None if upstream is None else upstream[rows]
+        row_passes(z).logprob(z, target[rows], head.transform, out[rows], grad)
         if upstream is not None:
-            dhidden[rows] = head.backward(z, kept, hidden[rows])
-        # Or the next chunk's logits would be formed beside them.
-        del z, kept
+            dhidden[rows] = head.backward(z, hidden[rows])
     return out, dhidden
-
-
-def _sweep(z: Tensor, target: Tensor, out: Tensor, upstream: Tensor | None) -> None:
-    """Write log-probabilities to ``out`` [n]; for an ``upstream`` [n], logits ``z`` [n, V] become their gradient.
-
-    The target's entry ``1 - p`` is formed from ``log p``, so that it keeps its relative accuracy near 0.
-    """
-    for rows in sweeps(*z.shape):
-        log_p = F.log_softmax(z[rows], -1)
-        counts, index = target[rows, None] != IGNORE, target[rows, None].clamp(min=0)
-        picked = log_p.gather(1, index)
-        out[rows] = torch.where(counts, picked, 0)[:, 0]
-        if upstream is not None:
-            scale = torch.where(counts, -upstream[rows, None], 0)
-            torch.mul(log_p.exp_(), scale, out=z[rows]).scatter_(1, index, picked.expm1_() * scale)
 
 
 @torch.library.custom_op("kpig_fast::response_logprob", mutates_args=())
@@ -54,18 +48,19 @@ def _response_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
 ) -> Tensor:
     check_targets(target, len(weight))
-    dtype = compute_dtype(hidden)
-    lse = torch.full(target.shape, -torch.inf, dtype=dtype, device=hidden.device)
-    picked = torch.zeros_like(lse)
+    dtype, target = compute_dtype(hidden), target.contiguous()
+    top = torch.full(target.shape, -torch.inf, dtype=dtype, device=hidden.device)
+    total, picked = torch.zeros_like(top), torch.zeros_like(top)
+    space = top.new_empty(min(TILE_ROWS, len(target)) * min(TILE_COLUMNS, len(weight)))
     for columns in blocks(len(weight), TILE_COLUMNS):
-        tile, tile_bias = weight[columns].to(dtype), None if bias is None else bias[columns]
+        tile = weight[columns].to(dtype).t()
+        transform = Transform(None if bias is None else bias[columns].to(dtype).contiguous(), softcap, logit_scale)
         for rows in blocks(len(target), TILE_ROWS):
-            z = logits(hidden[rows], tile, tile_bias, softcap, logit_scale, dtype)
-            lse[rows] = torch.logaddexp(lse[rows], z.logsumexp(-1))
-            column = target[rows] - columns.start
-            value = z.gather(1, column.clamp(0, len(tile) - 1)[:, None])[:, 0]
-            picked[rows] = torch.where((column >= 0) & (column < len(tile)), value, picked[rows])
-    return torch.where(target == IGNORE, 0, (picked - lse).clamp_(max=0))
+            z = space[: (rows.stop - rows.start) * tile.shape[1]].view(-1, tile.shape[1])
+            torch.mm(hidden[rows].to(dtype), tile, out=z)
+            state = top[rows], total[rows], picked[rows]
+            row_passes(z).score_tile(z, columns.start, target[rows], transform, *state)
+    return torch.where(target == IGNORE, 0, ((picked - top) - total.log()).clamp_(max=0))
 
 
 @_response_logprob.register_fake
@@ -88,8 +83,10 @@ def _response_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(hidden)
     head = Head(weight, bias, softcap, logit_scale, dtype, wants_weight=wants_weight, wants_bias=wants_bias)
-    _, dhidden = logprob_pass(head, hidden, target, grad)
-    return dhidden, head.dweight.to(weight.dtype), head.dbias if bias is None else head.dbias.to(bias.dtype)
+    space = chunk_space(head.weight, len(hidden), len(weight))
+    _, dhidden = logprob_pass(head, hidden, target, grad.to(dtype).contiguous(), space)
+    dweight, dbias = head.gradients()
+    return dhidden, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
 
 @_response_logprob_backward.register_fake
