@@ -5,7 +5,7 @@ import os
 import subprocess
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,8 @@ SHARED = ROOT / ".." / "shared"
 # Random weights find every answer as unlikely as any other text. Larger logits for the tokens that occur in answers
 # give gains far above the tolerance with which they are compared.
 ANSWER_SPREAD = 10.0
+# How often a contestant runs that takes several times as long as the others.
+SLOW_ROUNDS = 3
 SPECIAL_TOKENS = "bos_token_id", "eos_token_id", "pad_token_id"
 
 Seconds = dict[str, list[float]]
@@ -44,13 +46,20 @@ class Setting:
     instances: list[Instance]
 
 
-def parser(description: str, *, tasks: int, instances: int) -> ArgumentParser:
-    """The options of every benchmark, with its own default sizes."""
+def run_options(description: str) -> ArgumentParser:
+    """The options of every benchmark."""
     options = ArgumentParser(description=description)
     options.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
     options.add_argument("--quick", dest="rounds", action="store_const", const=1, help="one round, for a first look")
     options.add_argument("--processor-time", action="store_true", help="for a busy machine; together with --threads 1")
-    options.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
+    options.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: %(default)s)")
+    options.add_argument("--out", type=Path, help="JSON file for the record of the run")
+    return options
+
+
+def parser(description: str, *, tasks: int, instances: int) -> ArgumentParser:
+    """The options of a benchmark on real instances, with its own default sizes."""
+    options = run_options(description)
     options.add_argument("--tasks", type=int, default=tasks, help=f"number of tasks (default: {tasks})")
     options.add_argument("--instances", type=int, default=instances, help=f"of each task (default: {instances})")
     options.add_argument("--hidden", type=int, default=512, help="hidden size of the model (default: 512)")
@@ -58,7 +67,6 @@ def parser(description: str, *, tasks: int, instances: int) -> ArgumentParser:
     options.add_argument("--batch", type=int, default=8, help="sequences of a padded batch (default: 8)")
     options.add_argument("--data", type=Path, default=SHARED / "data/sni_core", help="holds tasks/ and manifest.json")
     options.add_argument("--tokenizer", default=str(SHARED / "models/gpt2-tokenizer"), help="folder or hub name")
-    options.add_argument("--out", type=Path, help="JSON file for the record of the run")
     return options
 
 
@@ -115,16 +123,19 @@ def labelled(prompt: Sequence[int], response: Sequence[int]) -> dict[str, list[i
     return {"input_ids": [*prompt, *response], "labels": [IGNORE] * len(prompt) + [*response]}
 
 
-def race(contestants: Mapping[str, Contestant], rounds: int, *, processor_time: bool = False) -> Seconds:
+def race(
+    contestants: Mapping[str, Contestant], rounds: int, *, processor_time: bool = False, slow: Collection[str] = ()
+) -> Seconds:
     """Seconds of every contestant in every round: of wall time, or of processor time over all threads.
 
     Each round runs all of them, so that a machine that is busy for a while is busy for all, and starts with another.
+    Only the first ``SLOW_ROUNDS`` run the ``slow`` ones.
     """
     clock = time.process_time if processor_time else time.perf_counter
-    names = list(contestants)
-    seconds: Seconds = {name: [] for name in names}
-    with tqdm(total=rounds * len(names), desc="timing", unit="run") as bar:
+    seconds: Seconds = {name: [] for name in contestants}
+    with tqdm(total=rounds * len(contestants) - max(0, rounds - SLOW_ROUNDS) * len(slow), desc="timing") as bar:
         for number in range(rounds):
+            names = [name for name in contestants if number < SLOW_ROUNDS or name not in slow]
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 run = contestants[name]()
@@ -136,8 +147,8 @@ def race(contestants: Mapping[str, Contestant], rounds: int, *, processor_time: 
 
 
 def ratios(seconds: Seconds, name: str, other: str) -> list[float]:
-    """Seconds of ``name`` divided by those of ``other``, round by round."""
-    return [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
+    """Seconds of ``name`` divided by those of ``other``, round by round, in the rounds that ran both."""
+    return [a / b for a, b in zip(seconds[name], seconds[other])]
 
 
 def require(what: str, value: float, limit: float) -> None:
@@ -158,7 +169,7 @@ def report(arguments: Namespace, seconds: Seconds, shares: Mapping[str, list[flo
     """
     medians = {name: round(median(values), 2) for name, values in shares.items()}
     for name, values in seconds.items():
-        print(f"{median(values):9.2f} s  {name}")
+        print(f"{median(values):9.3f} s  {name}")
     for name, value in medians.items():
         print(f"| {name} | {value:.2f} |")
     if arguments.out:
@@ -167,7 +178,7 @@ def report(arguments: Namespace, seconds: Seconds, shares: Mapping[str, list[flo
             "commit": _commit(),
             "environment": environment(),
             "load_average": os.getloadavg(),
-            "options": {name: value for name, value in vars(arguments).items() if isinstance(value, int)},
+            "options": {name: value for name, value in vars(arguments).items() if isinstance(value, (int, list))},
             **facts,
             "median_ratios": medians,
             "ratios": shares,

@@ -2,22 +2,31 @@
 
 import json
 import re
+import sys
+from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import baseline_scorers
+import bench_kernels
 import bench_scorer
 import bench_training_step
 import common
 import pytest
 import torch
 from baseline_trainers import PackedTrainer, as_tensors, pack
+from bench_kernels import OURS, PLAIN, PRODUCTS
 from bench_training_step import KPIG, PACKED, STRAIGHTFORWARD
+from torch.utils.flop_counter import FlopCounterMode
 
 from kpig_fast import EncodedPair
 from kpig_fast.data.encoding import PromptEncoder
 
 HERE = Path(__file__).parent
+TINY = ["--quick", "--threads", "1", "--sizes", "16x300", "--rows", "8", "--tree", *"6435", "--heads", "2"]
+SCORERS = 4 + (find_spec("trl") is not None)
 SMALL = ["--quick", "--layers", "1", "--hidden", "32", "--tasks", "2", "--instances", "3", "--threads", "1"]
 
 needs_data = pytest.mark.skipif(not common.SHARED.is_dir(), reason="the real tasks do not lie beside this checkout")
@@ -54,6 +63,10 @@ def test_race_times_runs_alone_and_starts_each_round_with_another(monkeypatch, c
     assert seconds == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [3.0] * 4}
     assert "".join(prepared) == "abcbcacababc"
     assert common.ratios(seconds, "c", "b") == [1.5] * 4
+    seconds = common.race(all_three, rounds=4, processor_time=clock == "process_time", slow={"b"})
+    assert seconds == {"a": [1.0] * 4, "b": [2.0] * 3, "c": [3.0] * 4}
+    assert "".join(prepared[12:]) == "abcbcacabca"
+    assert common.ratios(seconds, "c", "b") == [1.5] * 3
 
 
 def test_require_refuses_nan_and_what_is_above_the_limit() -> None:
@@ -102,17 +115,57 @@ def test_model_is_the_same_every_time_and_of_the_stated_size(small: common.Setti
         assert common.make_model(small.tokenizer, 512, 8).num_parameters() == 77_161_984
 
 
+def test_responses_stand_last_and_positions_start_at_each_prompt() -> None:
+    batch = baseline_scorers.responses_last([common.labelled([1, 2], [3]), common.labelled([4], [5, 6])], pad=9)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 9], [9, 4, 5, 6]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [0, 1, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 2], [0, 0, 1, 2]]
+    assert batch["labels"].tolist() == [[-100, -100, 3, -100], [-100, -100, 5, 6]]
+
+
 @needs_data
-@pytest.mark.parametrize("log_probs", [bench_scorer.full_logits, bench_scorer.response_rows])
-@pytest.mark.parametrize("by_length", [False, True])
-def test_padded_scores_are_those_of_single_sequences(small, pairs, log_probs, by_length) -> None:
-    complete, masked = bench_scorer.padded(small, pairs, log_probs, batch=4, by_length=by_length)
-    for pair, *scores in zip(pairs, complete, masked, strict=True):
-        for prompt, score in zip((pair.complete_ids, pair.masked_ids), scores, strict=True):
-            with torch.no_grad():
-                logits = small.model(torch.tensor([[*prompt, *pair.response_ids]])).logits[0, len(prompt) - 1 : -1]
-            expected = logits.log_softmax(-1)[range(len(logits)), pair.response_ids]
-            torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
+def test_padded_scores_are_those_of_single_sequences(small, pairs) -> None:
+    def single(prompt, response) -> torch.Tensor:
+        with torch.no_grad():
+            logits = small.model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1)[range(len(logits)), response]
+
+    complete = [single(pair.complete_ids, pair.response_ids) for pair in pairs]
+    masked = [single(pair.masked_ids, pair.response_ids) for pair in pairs]
+    runs = baseline_scorers.padded_runs(small, pairs, batch=4)
+    assert len(runs) == SCORERS
+    for run in runs.values():
+        torch.testing.assert_close(run(), (complete, masked), rtol=1e-5, atol=1e-5)
+
+
+@needs_data
+def test_padded_contestants_project_the_rows_that_they_claim(small, pairs) -> None:
+    rows: list[int] = []
+    handle = small.model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0][..., 0].numel()))
+    runs = baseline_scorers.padded_runs(small, pairs, batch=len(pairs))
+    projected = {}
+    for name, run in runs.items():
+        rows.clear()
+        run()
+        projected[name] = list(rows)
+    handle.remove()
+    lengths = [len(pair.response_ids) for pair in pairs]
+    widths = [
+        max(len(ids) + n for ids, n in zip(side, lengths))
+        for side in ([pair.complete_ids for pair in pairs], [pair.masked_ids for pair in pairs])
+    ]
+    assert projected[baseline_scorers.FULL] == [len(pairs) * width for width in widths]
+    assert projected["padded, logits_to_keep, in given order"] == [len(pairs) * (max(lengths) + 1)] * 2
+    assert projected["padded, response rows, sorted by length"] == [sum(lengths)] * 2
+
+
+@needs_data
+def test_fused_head_leaves_the_model_alone_and_is_left_out_without_trl(small, pairs, monkeypatch, capsys) -> None:
+    baseline_scorers.with_fused_head(small.model)
+    assert "forward" not in vars(small.model)
+    monkeypatch.setitem(sys.modules, "trl.trainer", None)
+    assert len(baseline_scorers.padded_runs(small, pairs, batch=4)) == 4
+    assert "trl>=1.16" in capsys.readouterr().out
 
 
 def test_check_refuses_other_log_probs_and_other_gains() -> None:
@@ -150,7 +203,7 @@ def test_no_pre_pass_is_used_again(small, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("main", "ours", "others"),
     [
-        (bench_scorer.main, bench_scorer.OURS, 4),
+        (bench_scorer.main, bench_scorer.OURS, SCORERS),
         (bench_training_step.main, KPIG, 3),
     ],
     ids=["scorer", "training step"],
@@ -165,8 +218,62 @@ def test_whole_run(main, ours, others, tmp_path, capsys) -> None:
     assert all(f"| {name} | {value:.2f} |" in printed for name, value in run["median_ratios"].items())
 
 
+def test_bare_products_are_all_that_the_operators_need() -> None:
+    n, d, v = 8, 16, 300
+    for runs, products in ((bench_kernels.scoring_runs(n, d, v), 1), (bench_kernels.training_runs(n, d, v), 7)):
+        with FlopCounterMode(display=False) as counter:
+            runs[PRODUCTS]()
+        assert counter.get_total_flops() == products * 2 * n * d * v
+
+
+def test_instance_tree_has_the_stated_shape() -> None:
+    tree = bench_kernels.instance_tree(256, 120, 30, 60)
+    assert len(tree) == 4096
+    sizes = (tree.subtree_end - torch.arange(4096)).tolist()
+    assert sizes[:256] == list(range(4096, 3840, -1))
+    assert (sizes[256], sizes[256 + 120], sizes[256 + 1920]) == (1920, 60, 1920)
+    assert int(tree.position_ids.max()) == 256 + 120 + 60 - 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux only")
+def test_memory_is_that_of_the_peak_without_what_is_returned() -> None:
+    def run() -> tuple[torch.Tensor, ...]:
+        lost = torch.ones(30 * 2**18)
+        return (lost[: 10 * 2**18].clone(),)
+
+    assert bench_kernels.extra_megabytes(run) == pytest.approx(30, abs=1)
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_kernels_with_another_result_are_not_timed(factor: float) -> None:
+    arguments, figures = SimpleNamespace(rounds=1, processor_time=False), bench_kernels.Figures()
+    right, wrong = torch.ones(3), torch.tensor([1.0, factor, 1.0])
+    runs = {OURS: lambda: (right, right), PLAIN: lambda: (right, wrong)}
+    with pytest.raises(ValueError, match="'plain PyTorch' differ"):
+        bench_kernels.measure("a title", runs, arguments, figures)
+    assert not figures.seconds
+    bench_kernels.measure("a title", runs | {PLAIN: lambda: (right, right)}, arguments, figures)
+    assert list(figures.shares) == [f"a title: as fast as {PLAIN}"]
+
+
+def test_whole_run_of_the_kernels(tmp_path, capsys) -> None:
+    bench_kernels.main([*TINY, "--out", str(tmp_path / "run.json")])
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["options"]["sizes"], run["options"]["tree"]) == ([[16, 300]], [6, 4, 3, 5])
+    assert all(value > 0 for values in run["ratios"].values() for (value,) in [values])
+    assert len(run["ratios"]) == 6 + 2 * hasattr(torch.nn.functional, "linear_cross_entropy")
+    assert set(run["seconds"]) >= {f"scoring head, D = 16, V = 300: {OURS}", f"attention on 44 tokens, forward: {OURS}"}
+    assert run["megabytes"]["training head, D = 16, V = 300: MB of a chunk"] == 4 * 2 * 8 * 300 / 2**20
+    assert sys.platform != "linux" or all(isfinite(value) and value >= 0 for value in run["megabytes"].values())
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | {value:.2f} |" in printed for name, value in run["median_ratios"].items())
+    assert all(f"| {name} | {value:.1f} |" in printed for name, value in run["megabytes"].items())
+
+
 @pytest.mark.parametrize("path", sorted((HERE / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_readme_shows_the_committed_figures(path: Path) -> None:
     run, readme = json.loads(path.read_text()), (HERE / "README.md").read_text()
     for name, value in run["median_ratios"].items():
         assert f"| {name} | {value:.2f} |" in readme
+    for name, value in run.get("megabytes", {}).items():
+        assert f"| {name} | {value:.1f} |" in readme
