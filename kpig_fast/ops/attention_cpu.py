@@ -86,7 +86,15 @@ def _arguments(
 ) -> _native.Attention:  # fmt: skip
     sizes = (q.shape[0], k.shape[0], q.shape[1], q.shape[2], v.shape[2])
     return _native.Attention(
-        heads(q), heads(k), heads(v), address(ends), address(positions), sizes, scale, softcap or 0.0, min(window or 0, INT32_MAX)
+        heads(q),
+        heads(k),
+        heads(v),
+        address(ends),
+        address(positions),
+        sizes,
+        scale,
+        softcap or 0.0,
+        min(window or 0, INT32_MAX),
     )
 
 
