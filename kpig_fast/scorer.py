@@ -66,7 +66,7 @@ class KeyPartScorer:
         tokenizer: its tokenizer.
         alpha: decay of the gain, in (0, 1].
         tail_tol: error of G that leaving out late response tokens may cause; 0 scores every response token.
-        max_tokens: tokens of one tree; halved when memory runs out.
+        max_tokens: tokens of one tree at most; halved when memory runs out.
         template: ``plain`` or ``chat``.
         mask_text: what stands for a key part.
         end_of_sequence: whether the end-of-sequence token counts as the last response token.

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from evaluation_models import byte_tokenizer
@@ -11,9 +12,9 @@ from separate import apart, largest_error, score_apart
 from torch import nn
 from transformers import PreTrainedModel
 
-import kpig_fast.tree.scoring
 from kpig_fast import GainScores, Instance, KeyPartScorer
 from kpig_fast.method.gain import gain_bound
+from kpig_fast.tree import scoring
 
 TOKENIZER = byte_tokenizer()
 YES_NO = 'Answer "yes" or "no" in capitals: is the number even?'
@@ -227,7 +228,7 @@ def test_quiet_unless_asked(scorer: KeyPartScorer, capfd: pytest.CaptureFixture[
 @pytest.mark.parametrize("limit", [1000, 100, 30])
 def test_out_of_memory_halves_the_budget(scorer: KeyPartScorer, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = scorer.score(INSTANCES)
-    own, refused = kpig_fast.tree.scoring.run_tree, []
+    own, refused = scoring.run_tree, []
 
     def run_tree(lm: nn.Module, tree, compute):
         if len(tree) > limit and len(tree.sequences) > 1:
@@ -235,7 +236,7 @@ def test_out_of_memory_halves_the_budget(scorer: KeyPartScorer, limit: int, monk
             raise torch.OutOfMemoryError("not enough memory")
         return own(lm, tree, compute)
 
-    monkeypatch.setattr(kpig_fast.tree.scoring, "run_tree", run_tree)
+    monkeypatch.setattr(scoring, "run_tree", run_tree)
     scores = scorer.score(INSTANCES)
     assert_same(scores, expected)
     assert bool(refused) == (limit < 1000)
@@ -250,7 +251,7 @@ def test_out_of_memory_for_a_single_sequence_is_an_error(
     def run_tree(*_: object) -> None:
         raise torch.OutOfMemoryError("not enough memory")
 
-    monkeypatch.setattr(kpig_fast.tree.scoring, "run_tree", run_tree)
+    monkeypatch.setattr(scoring, "run_tree", run_tree)
     with pytest.raises(torch.OutOfMemoryError):
         scorer.score(INSTANCES)
     monkeypatch.undo()
@@ -296,3 +297,18 @@ def test_wrong_arguments_are_named(argument: dict, message: str) -> None:
 def test_a_key_part_that_does_not_occur_is_named(scorer: KeyPartScorer) -> None:
     with pytest.raises(ValueError, match="instance '9': key part 'purple' does not occur"):
         scorer.score([Instance(YES_NO, "NO", "17", ("purple",), id="9")])
+
+
+def packed(lengths: tuple[int, int], n: int, device: str = "cpu") -> list[int]:
+    """Sizes of the trees for n sequences that share ``lengths[0]`` tokens and have ``lengths[1]`` of their own."""
+    shared, own = lengths
+    sequences = [np.arange(shared, dtype=np.int32)] * n
+    sequences = [np.append(s, np.arange(own, dtype=np.int32) + (i + 1) * 10_000) for i, s in enumerate(sequences)]
+    trees = scoring._pack(sequences, [shared + 1] * n, 8192, torch.device(device))
+    return [len(tree) for tree in trees]
+
+
+def test_trees_on_a_cpu_stay_small_unless_that_repeats_many_tokens() -> None:
+    assert max(packed((10, 101), 60)) <= scoring.CACHED_TOKENS < packed((10, 101), 60, "meta")[0]
+    # Here each further tree would repeat a tenth of its tokens.
+    assert len(packed((200, 101), 60)) == 1

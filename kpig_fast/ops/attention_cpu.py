@@ -85,17 +85,10 @@ def _arguments(
     softcap: float | None,
 ) -> _native.Attention:  # fmt: skip
     sizes = (q.shape[0], k.shape[0], q.shape[1], q.shape[2], v.shape[2])
-    return _native.Attention(
-        heads(q),
-        heads(k),
-        heads(v),
-        address(ends),
-        address(positions),
-        sizes,
-        scale,
-        softcap or 0.0,
-        min(window or 0, INT32_MAX),
-    )
+    # A window that no tree can reach is none; kernels count positions in 32 bits.
+    window = 0 if window is None or window > INT32_MAX else window
+    where = heads(q), heads(k), heads(v), address(ends), address(positions)
+    return _native.Attention(*where, sizes, scale, softcap or 0.0, window)
 
 
 def _whole_vectors(x: Tensor, dtype: torch.dtype) -> Tensor:

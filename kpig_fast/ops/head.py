@@ -55,8 +55,8 @@ class Head:
         """``out`` [n, V] filled with ``hidden`` [n, D] times the weight."""
         return torch.mm(hidden.to(out.dtype), self.weight.t(), out=out)
 
-    def backward(self, dz: Tensor, hidden: Tensor) -> Tensor:
-        """[n, D], the gradient by ``hidden`` from that by its products ``dz`` [n, V]; adds to the parameters'."""
+    def backward(self, dz: Tensor, hidden: Tensor, dhidden: Tensor) -> None:
+        """From the gradient by products ``dz`` [n, V]: set ``dhidden`` [n, D], add to those by weight and bias."""
         if self.wants_weight:
             # The first product overwrites, so that nothing is set to zero before.
             first = 1 if self.chunks_added else 0
@@ -64,7 +64,10 @@ class Head:
         if self.wants_bias:
             self.dbias += dz.sum(0)
         self.chunks_added += 1
-        return torch.mm(dz, self.weight)
+        if dhidden.dtype == dz.dtype:
+            torch.mm(dz, self.weight, out=dhidden)
+        else:
+            dhidden.copy_(torch.mm(dz, self.weight))
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """By weight [V, D] and bias [V]; empty where not wanted."""

@@ -39,7 +39,7 @@ def jsd_pass(
         grad = None if upstream is None else upstream[rows]
         row_passes(z).jsd(z, head.transform, r, ref_head.transform, t[rows], out[rows], grad)
         if upstream is not None:
-            dhidden[rows] = head.backward(z, hidden[rows])
+            head.backward(z, hidden[rows], dhidden[rows])
     return out, dhidden
 
 

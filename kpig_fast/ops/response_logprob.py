@@ -38,7 +38,7 @@ def logprob_pass(
         grad = None if upstream is None else upstream[rows]
         row_passes(z).logprob(z, target[rows], head.transform, out[rows], grad)
         if upstream is not None:
-            dhidden[rows] = head.backward(z, hidden[rows])
+            head.backward(z, hidden[rows], dhidden[rows])
     return out, dhidden
 
 

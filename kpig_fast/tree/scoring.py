@@ -13,6 +13,11 @@ from kpig_fast.ops.response_logprob import response_logprob
 from kpig_fast.tree.layout import TokenTree, pack
 from kpig_fast.tree.model import OutputHead, causal_lm, evaluation_mode, output_head, run_tree, tree_mode
 
+# On a CPU the activations of trees of this size stay in the cache from one layer's operation to the next, which makes a
+# forward pass up to a fifth faster; worth this factor of repeated tokens.
+CACHED_TOKENS = 2048
+MORE_TOKENS = 1.05
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -88,11 +93,23 @@ def _run(
     # A response token that nobody asks for needs no row.
     ends = [None if branches[i].keeps_hidden else branches[i].start + branches[i].scored for i in todo]
     sequences = [branches[i].ids[:end] for i, end in zip(todo, ends)]
-    for tree in pack(sequences, [branches[i].start for i in todo], max_tokens=max_tokens):
+    for tree in _pack(sequences, [branches[i].start for i in todo], max_tokens, device):
         served = [todo[int(s)] for s in tree.sequences]
         yield from zip(served, _score_tree(model, tree, [branches[i] for i in served], device))
         layout.trees += 1
         layout.tokens += len(tree)
+
+
+def _pack(
+    sequences: list[NDArray[np.int32]], starts: list[int], max_tokens: int, device: torch.device
+) -> list[TokenTree]:
+    """As :func:`pack`; on a CPU in trees that its cache holds, unless that repeats many tokens."""
+    trees = pack(sequences, starts, max_tokens=max_tokens)
+    if device.type != "cpu" or max_tokens <= CACHED_TOKENS:
+        return trees
+    smaller = pack(sequences, starts, max_tokens=CACHED_TOKENS)
+    tokens, more = (sum(map(len, each)) for each in (trees, smaller))
+    return smaller if more <= MORE_TOKENS * tokens else trees
 
 
 def _score_tree(
