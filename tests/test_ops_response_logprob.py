@@ -221,3 +221,11 @@ def test_wrong_shapes_are_named(change: dict[str, torch.Tensor], message: str) -
     inputs = head_inputs(3, 97, 4) | {"target": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(ValueError, match=message):
         response_logprob(**(inputs | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_targets_of_any_integer_type(dtype: torch.dtype) -> None:
+    inputs, target = head_inputs(20, 97, 9), targets(20, 97)
+    expected = run(response_logprob, inputs, upstream(20), WANTED, target=target)
+    found = run(response_logprob, inputs, upstream(20), WANTED, target=target.to(dtype))
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())

@@ -39,12 +39,12 @@ class Arena {
 template <class T>
 struct Block {
   const TreeAttention<T>& a;
-  std::int64_t kv_head, first = 0, queries = 0, n_keys = 0;
+  std::int64_t first = 0, queries = 0, n_keys = 0;
   std::int32_t* keys;
   std::int32_t deepest = 0;
 
-  Block(const TreeAttention<T>& attention, std::int64_t kv_head, Arena& arena)
-      : a(attention), kv_head(kv_head), keys(arena.take<std::int32_t>(attention.tokens)) {}
+  Block(const TreeAttention<T>& attention, Arena& arena)
+      : a(attention), keys(arena.take<std::int32_t>(attention.tokens)) {}
 
   void move_to(std::int64_t block) {
     first = block * kQueryBlock;
@@ -154,7 +154,7 @@ template <class T>
 void attention_block(const TreeAttention<T>& a, const cpu::AttentionResult<T>& result, std::int64_t block_index,
                      std::int64_t kv_head, std::byte* scratch) {
   Arena arena(scratch);
-  Block<T> block(a, kv_head, arena);
+  Block<T> block(a, arena);
   T* columns = arena.take<T>(a.d * kQueryBlock);
   T* scores = arena.take<T>(kKeyChunk * kQueryBlock);
   T* mixed = arena.take<T>(kQueryBlock * a.dv);
@@ -204,7 +204,7 @@ template <class T>
 void attention_segment_backward(const TreeAttention<T>& a, const cpu::AttentionGradients<T>& g, std::int64_t segment,
                                 std::int64_t kv_head, std::byte* scratch) {
   Arena arena(scratch);
-  Block<T> block(a, kv_head, arena);
+  Block<T> block(a, arena);
   T *q_columns = arena.take<T>(a.d * kQueryBlock), *grad_columns = arena.take<T>(a.dv * kQueryBlock);
   T* out_columns = arena.take<T>(a.dv * kQueryBlock);
   T *scores = arena.take<T>(kKeyChunk * kQueryBlock), *dscores = arena.take<T>(kKeyChunk * kQueryBlock);

@@ -59,8 +59,7 @@ class Head:
         """From the gradient by products ``dz`` [n, V]: set ``dhidden`` [n, D], add to those by weight and bias."""
         if self.wants_weight:
             # The first product overwrites, so that nothing is set to zero before.
-            first = 1 if self.chunks_added else 0
-            self.dweight.addmm_(dz.t(), hidden.to(dz.dtype), beta=first)
+            self.dweight.addmm_(dz.t(), hidden.to(dz.dtype), beta=min(self.chunks_added, 1))
         if self.wants_bias:
             self.dbias += dz.sum(0)
         self.chunks_added += 1

@@ -1,11 +1,11 @@
 """What the callers of the CPU kernels share: when they run, and tensors as addresses."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kpig_fast import _native
-
-__all__ = ["address", "heads", "kernel", "runs_native"]
 
 
 def runs_native(x: Tensor) -> bool:
@@ -13,7 +13,7 @@ def runs_native(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def kernel(name: str, dtype: torch.dtype):
+def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
     """The kernel ``name`` for float32 or float64."""
     return getattr(_native, f"{name}_{ {torch.float32: 'float', torch.float64: 'double'}[dtype] }")
 

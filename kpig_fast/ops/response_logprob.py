@@ -31,7 +31,7 @@ def logprob_pass(
     head: Head, hidden: Tensor, target: Tensor, upstream: Tensor | None, space: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] by chunks of rows in ``space``; for an ``upstream`` [N] also the gradient by hidden."""
-    target = target.contiguous()
+    target = target.long().contiguous()
     out = torch.empty(target.shape, dtype=head.weight.dtype, device=hidden.device)
     dhidden = hidden.new_empty(0 if upstream is None else hidden.shape)
     for rows, z in chunks(space, len(target), len(head.weight)):
@@ -49,7 +49,7 @@ def _response_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
 ) -> Tensor:
     check_targets(target, len(weight))
-    dtype, target = compute_dtype(hidden), target.contiguous()
+    dtype, target = compute_dtype(hidden), target.long().contiguous()
     top = torch.full(target.shape, -torch.inf, dtype=dtype, device=hidden.device)
     total, picked = torch.zeros_like(top), torch.zeros_like(top)
     space = top.new_empty(min(TILE_ROWS, len(target)) * min(TILE_COLUMNS, len(weight)))
