@@ -3,9 +3,13 @@
     out[h, q] = sum_k softmax_k(cap(scale · q·k))[k] · v[k]      over k with  k <= q < subtree_end[k]
 
 H query heads, Hkv key/value heads (grouped-query), T tokens in depth-first order, d head size.
-On a CPU the work is done by csrc/cpu/attention_kernels.cpp, elsewhere by plain PyTorch; both visit only the keys that a
-block of queries sees, in time and memory O(T · (depth + block)), and recompute probabilities in the backward pass.
+On a CPU the work is done by csrc/cpu/attention_kernels.cpp, on a CUDA GPU by Triton, elsewhere by plain PyTorch. All
+visit only the keys that a block of queries sees, in time and memory O(T · (depth + block)), and recompute probabilities
+in the backward pass.
 """
+
+import importlib.util
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,6 +17,18 @@ from torch import Tensor
 from kpig_fast.ops import attention_cpu, attention_torch
 from kpig_fast.ops.native import runs_native
 from kpig_fast.ops.precision import compute_dtype, without_autocast
+
+
+def path_of(q: Tensor, v: Tensor) -> ModuleType:
+    """The module whose ``forward`` and ``backward`` work on tensors like these."""
+    if runs_native(q):
+        return attention_cpu
+    if q.device.type == "cuda" and importlib.util.find_spec("triton"):
+        from kpig_fast.ops import attention_triton
+
+        if attention_triton.takes(q, v):
+            return attention_triton
+    return attention_torch
 
 
 def _empty(like: Tensor, size: int) -> Tensor:
@@ -35,8 +51,8 @@ def _tree_attention(
 ) -> tuple[Tensor, Tensor]:
     out = _empty(q, v.shape[-1])
     lse = torch.empty(q.shape[:2], dtype=compute_dtype(q), device=q.device)
-    path = attention_cpu if runs_native(q) else attention_torch
-    path.forward(q, k, v, subtree_end, position_ids, scale, window, softcap, sinks, out, lse)
+    with torch.cuda.device_of(q):
+        path_of(q, v).forward(q, k, v, subtree_end, position_ids, scale, window, softcap, sinks, out, lse)
     return out, lse
 
 
@@ -63,8 +79,10 @@ def _tree_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     delta = torch.empty_like(lse)
     dq = _empty(q, q.shape[-1])
-    path = attention_cpu if runs_native(q) else attention_torch
-    dk, dv = path.backward(grad, q, k, v, out, lse, subtree_end, position_ids, scale, window, softcap, dq, delta)
+    with torch.cuda.device_of(q):
+        dk, dv = path_of(q, v).backward(
+            grad, q, k, v, out, lse, subtree_end, position_ids, scale, window, softcap, dq, delta
+        )
     return dq, dk.to(k.dtype), dv.to(v.dtype), delta
 
 
