@@ -13,8 +13,8 @@ from kpig_fast.ops.response_logprob import response_logprob
 from kpig_fast.tree.layout import TokenTree, pack
 from kpig_fast.tree.model import OutputHead, causal_lm, evaluation_mode, output_head, run_tree, tree_mode
 
-# On a CPU the activations of trees of this size stay in the cache from one layer's operation to the next, which makes a
-# forward pass up to a fifth faster; worth this factor of repeated tokens.
+# On a CPU the activations of trees of this size stay in the cache from one layer's operation to the next; that is worth
+# this factor of repeated tokens.
 CACHED_TOKENS = 2048
 MORE_TOKENS = 1.05
 
