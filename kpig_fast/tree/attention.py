@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kpig_fast.ops.tree_attention import tree_attention
+from kpig_fast.tree.layout import TokenTree
 
 IMPLEMENTATION = "kpig_tree"
-SUBTREE_END, POSITION_IDS = "tree_subtree_end", "tree_position_ids"
+SUBTREE_END, POSITION_IDS, ROWS = "tree_subtree_end", "tree_position_ids", "tree_rows"
 
 
 def _attention(
@@ -67,9 +68,9 @@ def _mask(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: 
     return None if local_size is None else torch.empty(1).expand(1, 1, 1, local_size)
 
 
-def tree_arguments(subtree_end: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
-    """The keyword arguments that carry a tree from a model's forward to :func:`_attention`."""
-    return {SUBTREE_END: subtree_end, POSITION_IDS: position_ids.to(torch.int32)}
+def tree_arguments(tree: TokenTree) -> dict[str, Tensor]:
+    """The keyword arguments that carry a tree from a model's forward to its layers."""
+    return {SUBTREE_END: tree.subtree_end, POSITION_IDS: tree.position_ids, ROWS: tree.rows.unique()}
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

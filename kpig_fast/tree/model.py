@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kpig_fast.tree.attention import IMPLEMENTATION, tree_arguments
+from kpig_fast.tree.last_layer import only_rows_read
 from kpig_fast.tree.layout import TokenTree
 
 Result = TypeVar("Result")
@@ -137,7 +138,8 @@ def tree_mode(model: nn.Module) -> Iterator[None]:
     own_forward = lm.__dict__.get("forward")
     lm.forward = lambda *_, tree, compute, **__: compute(_hidden_states(lm, tree), output_head(lm))
     try:
-        yield
+        with only_rows_read(lm):
+            yield
     finally:
         # Not del: a wrapper may have taken it away again.
         vars(lm).pop("forward", None)
@@ -147,17 +149,19 @@ def tree_mode(model: nn.Module) -> Iterator[None]:
 
 
 def run_tree(model: nn.Module, tree: TokenTree, compute: Callable[[Tensor, OutputHead], Result]) -> Result:
-    """``compute(hidden [T, D], head)`` inside the model's forward over ``tree``; only inside :func:`tree_mode`."""
+    """``compute(hidden [T, D], head)`` inside the model's forward over ``tree``; only inside :func:`tree_mode`.
+
+    Only the rows ``tree.rows`` of ``hidden`` are hidden states; the model leaves out what no one reads.
+    """
     return model(input_ids=tree.input_ids[None].long(), tree=tree, compute=compute)
 
 
 def _hidden_states(lm: PreTrainedModel, tree: TokenTree) -> Tensor:
-    """[T, D]: the last hidden states, each token having seen its ancestors only."""
-    positions = tree.position_ids[None].long()
+    """[T, D]: the last hidden states, each token having seen its ancestors only; of use at ``tree.rows`` alone."""
     out = lm.base_model(
         input_ids=tree.input_ids[None].long(),
-        position_ids=positions,
+        position_ids=tree.position_ids[None].long(),
         use_cache=False,
-        **tree_arguments(tree.subtree_end, tree.position_ids),
+        **tree_arguments(tree),
     )
     return out.last_hidden_state[0]
