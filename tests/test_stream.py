@@ -1,6 +1,7 @@
 """The continual run: folders, order, plans, resuming, and errors before anything is trained."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -9,8 +10,9 @@ from safetensors.torch import load_file
 from small_run import TASKS, config_values
 from transformers import AutoModelForCausalLM
 
-from kpig_fast.evaluation.runs import UNTRAINED, is_complete, read_run, step_folder
+from kpig_fast.evaluation.runs import UNTRAINED, is_complete, mark_complete, read_run, step_folder
 from kpig_fast.method.replay import ReplayPlan
+from kpig_fast.training.checkpoints import mean_loss, newest_checkpoint
 from kpig_fast.training.run_config import RunConfig
 from kpig_fast.training.stream import Stream
 
@@ -143,3 +145,43 @@ def test_instances_take_a_seeded_wording_of_the_pool(small_folder, tmp_path):
         [i.instruction for i in stream.instances(step, plan)] for step in range(3)
     ]
     assert len({i.instruction for step in first for i in step}) > len(TASKS)
+
+
+def test_changed_data_under_a_run_is_named(small_folder, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(small_folder / "data", data)
+    section = {"source": "folder", "path": str(data)}
+    open_stream(small_folder, run, data=section)
+    open_stream(small_folder, run, data=section)
+    rows = data / "instances.jsonl"
+    rows.write_text(rows.read_text().replace("ab gh", "ab gg"))
+    with pytest.raises(ValueError, match="was started with other data"):
+        open_stream(small_folder, run, data=section)
+
+
+def test_a_kept_model_is_not_trained_again(finished, small_folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(finished), str(run)))
+    (step_folder(run, 2) / "COMPLETE").unlink()
+    monkeypatch.setattr(Stream, "_train", lambda *_: pytest.fail("trained again"))
+    open_stream(small_folder, run).run()
+    assert read_run(run)[-1] == read_run(finished)[-1]
+
+
+def test_a_half_written_checkpoint_is_named_and_passed_over(tmp_path):
+    for step, whole in ((9, True), (10, True), (11, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"")
+        if whole:
+            mark_complete(folder)
+    with pytest.warns(UserWarning, match=r"checkpoint-11 was not written to its end"):
+        assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-11").exists()
+    assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_mean_loss_weighs_every_optimizer_step():
+    assert mean_loss([{"loss": 4.0, "step": 1}, {"loss": 1.0, "step": 4}, {"train_loss": 9.0, "step": 4}]) == 7 / 4
+    assert math.isnan(mean_loss([]))

@@ -7,6 +7,7 @@ has ``metrics.json`` and, once it is whole, the empty file ``COMPLETE``; a train
 import csv
 import io
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -136,7 +137,11 @@ def write_metrics(run: Path, metrics: StepMetrics) -> None:
 
 
 def mark_complete(folder: Path) -> None:
-    """Say that everything in ``folder`` is whole; must be the last file written."""
+    """Say that everything in ``folder`` is whole and on the disk; must be the last file written."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     write_lines(folder / COMPLETE_FILE, [])
 
 

@@ -1,10 +1,12 @@
 """The continual run: time steps one after another, each planned, trained, evaluated and kept.
 
-Every step has a folder: ``plan.json`` (all that it decided), ``trainer/`` (the Trainer's output and the teacher),
-``log.jsonl``, ``model/``, ``predictions.jsonl``, ``metrics.json`` and, last, ``COMPLETE``. A run that was stopped goes
-on behind its last complete step; a plan that was written is read again, never made again.
+Every step has a folder: ``plan.json`` (all that it decided), ``trainer/`` (the Trainer's checkpoints and the teacher),
+``log.jsonl``, ``training.json``, ``model/``, ``predictions.jsonl``, ``metrics.json`` and, last, ``COMPLETE``. A run
+that was stopped goes on behind its last complete step, inside the next one from the newest whole checkpoint, or with
+the evaluation where the model was kept already; a plan that was written is read again, never made again.
 """
 
+import hashlib
 import json
 import random
 import shutil
@@ -45,6 +47,7 @@ from kpig_fast.evaluation.runs import (
 from kpig_fast.method.replay import Draw, ReplayPlan, assign_instructions, draw
 from kpig_fast.scorer import KeyPartScorer
 from kpig_fast.teacher import model_hash
+from kpig_fast.training.checkpoints import StepKeeper, delete_checkpoints, mean_loss, newest_checkpoint
 from kpig_fast.training.config import KPIGConfig
 from kpig_fast.training.data import load_data
 from kpig_fast.training.progress import StepProgress
@@ -53,7 +56,8 @@ from kpig_fast.training.strategies import STRATEGIES, PlanRequest
 from kpig_fast.training.trainer import TEACHER_FILE, KPIGTrainer, make_scorer
 from kpig_fast.tree.model import position_limit
 
-DATA_REPORT_FILE, LOG_FILE, PREDICTIONS_FILE = "data_report.txt", "log.jsonl", "predictions.jsonl"
+DATA_REPORT_FILE, DATA_HASH_FILE = "data_report.txt", "data.sha256"
+LOG_FILE, TRAINING_FILE, PREDICTIONS_FILE = "log.jsonl", "training.json", "predictions.jsonl"
 MODEL_FOLDER, TRAINER_FOLDER = "model", "trainer"
 
 
@@ -138,6 +142,7 @@ class Stream:
             collection = check_collection_lengths(
                 collection, scorer.encoder, limit, report, strict=config.data.strict, progress=progress
             )
+        check_data(run, data_hash(collection, steps))
         write_lines(run / DATA_REPORT_FILE, [str(report)])
         stream = cls(config, collection, steps, model, tokenizer, scorer, after_step, progress)
         stream.say(str(report))
@@ -152,34 +157,50 @@ class Stream:
             self.take_step(step)
 
     def take_step(self, step: int) -> None:
-        """Plan, train, evaluate and keep one time step."""
-        started = time.perf_counter()
+        """Plan, train, evaluate and keep one time step; what of it was kept before a crash is not done again."""
         folder = step_folder(self.config.output_dir, step)
         set_seed(self.config.seed + step)
+        started = time.perf_counter()
         plan = self.plan(step)
-        planned = time.perf_counter()
-        args = training_arguments(self.config, folder / TRAINER_FOLDER, step)
+        if (folder / MODEL_FOLDER).exists():
+            kept = AutoModelForCausalLM.from_pretrained(folder / MODEL_FOLDER, dtype=self.config.dtype)
+            self.model.load_state_dict(kept.state_dict())
+        else:
+            self._train(step, plan, time.perf_counter() - started)
+        self._evaluate(step, list(plan.chosen), json.loads((folder / TRAINING_FILE).read_text("utf-8")))
+
+    def _train(self, step: int, plan: ReplayPlan, plan_seconds: float) -> None:
+        """Train one time step from its newest checkpoint, and keep the model."""
+        started = time.perf_counter()
+        folder = step_folder(self.config.output_dir, step)
+        trainer_folder = folder / TRAINER_FOLDER
         instances = self.instances(step, plan)
+        args = training_arguments(self.config, trainer_folder, step)
         trainer = KPIGTrainer(self.model, args, instances, self.tokenizer, progress=self.progress)
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(StepKeeper())
         if self.progress:
             trainer.add_callback(StepProgress(f"step {step + 1}/{len(self.steps)}"))
-        result = trainer.train()
-        trained = time.perf_counter()
-        write_lines(folder / LOG_FILE, (json.dumps(entry) for entry in trainer.state.log_history))
-        self._save_model(folder)
-        (folder / TRAINER_FOLDER / TEACHER_FILE).unlink(missing_ok=True)
+        checkpoint = newest_checkpoint(trainer_folder)
+        if checkpoint is not None:
+            self.say(f"step {step + 1}/{len(self.steps)} goes on from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        seconds = time.perf_counter() - started
         training = {
-            "loss": result.training_loss,
+            "loss": mean_loss(trainer.state.log_history),
             "instances": len(instances),
             "replayed_instances": len(plan.replayed),
-            "plan_seconds": planned - started,
-            "train_seconds": trained - planned,
-            "seconds": trained - started,
+            "plan_seconds": plan_seconds,
+            "train_seconds": seconds,
+            "seconds": plan_seconds + seconds,
         }
         if trainer.teacher is not None:
             training["mean_gain"] = float(trainer.teacher.gain.mean())
-        self._evaluate(step, list(plan.chosen), training)
+        write_lines(folder / LOG_FILE, (json.dumps(entry) for entry in trainer.state.log_history))
+        write_lines(folder / TRAINING_FILE, [json.dumps(training, indent=1)])
+        self._save_model(folder)
+        (trainer_folder / TEACHER_FILE).unlink(missing_ok=True)
+        delete_checkpoints(trainer_folder)
 
     def plan(self, step: int) -> ReplayPlan:
         """The plan of a step: read where it was written, else made with M_{t-1} and written."""
@@ -281,7 +302,6 @@ class Stream:
         shutil.rmtree(partial, ignore_errors=True)
         self.model.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)
         partial.rename(folder / MODEL_FOLDER)
 
     def _n_complete(self) -> int:
@@ -290,7 +310,7 @@ class Stream:
 
 def training_arguments(config: RunConfig, folder: Path, step: int) -> KPIGConfig:
     """The Trainer's arguments for one step, which writes to ``folder``."""
-    defaults = {"report_to": "none", "save_strategy": "no", "dataloader_pin_memory": torch.cuda.is_available()}
+    defaults = {"report_to": "none", "save_total_limit": 2, "dataloader_pin_memory": torch.cuda.is_available()}
     given: dict[str, Any] = {**defaults, **config.training}
     if not STRATEGIES[config.strategy].distils:
         given["lam"] = 0.0
@@ -308,6 +328,27 @@ def claim_folder(run: Path, resolved: str) -> None:
         write_lines(path, [resolved.rstrip("\n")])
     elif path.read_text("utf-8") != resolved:
         raise ValueError(f"{run} holds a run with another config ({path}); choose another output_dir or delete it")
+
+
+def data_hash(collection: TaskCollection, steps: Sequence[Sequence[str]]) -> str:
+    """Hexadecimal SHA-256 of the steps and of every task and row."""
+    digest = hashlib.sha256(json.dumps([list(step) for step in steps]).encode())
+    for part in (*collection.tasks.values(), *collection.rows):
+        digest.update(f"{part!r}\n".encode())
+    return digest.hexdigest()
+
+
+def check_data(run: Path, found: str) -> None:
+    """Note the hash of a new run's data, or check that the data is still the same.
+
+    Raises:
+        ValueError: it is not.
+    """
+    path = run / DATA_HASH_FILE
+    if not path.exists():
+        write_lines(path, [found])
+    elif path.read_text("utf-8").strip() != found:
+        raise ValueError(f"{run} was started with other data ({path}); restore it, or choose another output_dir")
 
 
 def _line(metrics: StepMetrics, n_steps: int) -> str:
