@@ -61,7 +61,7 @@ def test_plans_replay_the_least_gain_with_the_model_of_the_step_before(finished,
     stream = Stream.open(RunConfig.model_validate(config), progress=False)
     before = AutoModelForCausalLM.from_pretrained(step_folder(finished, 1) / "model")
     stream.model.load_state_dict(before.state_dict())
-    assert stream.plan(2).to_json() == plan.to_json()
+    assert stream.planner.plan(2).to_json() == plan.to_json()
 
 
 def test_the_final_model_loads_plainly(finished):
@@ -94,7 +94,16 @@ def test_a_whole_run_does_nothing_more(finished, small_folder):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "n_steps", "instances"), [("sft", 3, [6, 6, 6]), ("replay", 3, [6, 8, 8]), ("joint", 1, [18])]
+    ("strategy", "n_steps", "instances"),
+    [
+        ("sft", 3, [6, 6, 6]),
+        ("replay", 3, [6, 8, 8]),
+        ("entropy", 3, [6, 8, 8]),
+        ("inscl", 3, [6, 8, 8]),
+        ("ewc", 3, [6, 6, 6]),
+        ("l2", 3, [6, 6, 6]),
+        ("joint", 1, [18]),
+    ],
 )
 def test_other_strategies_train_without_a_teacher(small_folder, tmp_path, strategy, n_steps, instances):
     run = tmp_path / "run"
@@ -140,9 +149,9 @@ def test_a_folder_of_another_run_is_not_touched(finished, small_folder):
 def test_instances_take_a_seeded_wording_of_the_pool(small_folder, tmp_path):
     stream = open_stream(small_folder, tmp_path / "run")
     plan = ReplayPlan(0, 0, 0.3, 1, 2, "", (), (), {}, ())
-    first = [stream.instances(step, plan) for step in range(3)]
+    first = [stream.planner.instances(step, plan) for step in range(3)]
     assert [[i.instruction for i in step] for step in first] == [
-        [i.instruction for i in stream.instances(step, plan)] for step in range(3)
+        [i.instruction for i in stream.planner.instances(step, plan)] for step in range(3)
     ]
     assert len({i.instruction for step in first for i in step}) > len(TASKS)
 
@@ -185,3 +194,46 @@ def test_a_half_written_checkpoint_is_named_and_passed_over(tmp_path):
 def test_mean_loss_weighs_every_optimizer_step():
     assert mean_loss([{"loss": 4.0, "step": 1}, {"loss": 1.0, "step": 4}, {"train_loss": 9.0, "step": 4}]) == 7 / 4
     assert math.isnan(mean_loss([]))
+
+
+def final(run):
+    return weights(run, 2)["lm_head.weight"]
+
+
+def test_penalties_hold_the_weights_and_grow_over_the_steps(small_folder, tmp_path):
+    drift = {}
+    for strategy, strength in (("sft", 1.0), ("l2", 0.0), ("l2", 1e3), ("ewc", 1e6)):
+        run = tmp_path / f"{strategy}-{strength}"
+        training = {"per_device_train_batch_size": 4, "use_cpu": True, "optim": "sgd", "learning_rate": 1e-4}
+        settings = {"penalty": {"strength": strength, "instances": 4}, "training": training}
+        open_stream(small_folder, run, strategy=strategy, **settings).run()
+        drift[strategy, strength] = float((final(run) - weights(run, 0)["lm_head.weight"]).norm())
+    assert drift["l2", 0.0] == drift["sft", 1.0]
+    assert drift["l2", 1e3] < drift["sft", 1.0]
+    assert drift["ewc", 1e6] < drift["sft", 1.0]
+    one, two = (load_file(step_folder(run, step) / "fisher.safetensors")["lm_head.weight"] for step in (1, 2))
+    assert (two >= one).all()
+    assert (two > one).any()
+
+
+@pytest.mark.parametrize("part", ["divergence", "temperature", "masks", "diversity"])
+def test_kpig_without_a_part(finished, small_folder, tmp_path, part):
+    run = tmp_path / "run"
+    stream = open_stream(small_folder, run, ablate=[part])
+    stream.run()
+    assert not torch.equal(final(run), final(finished))
+    plan = ReplayPlan.from_json((step_folder(run, 2) / "plan.json").read_text())
+    assert bool(plan.measured) == (part == "masks")
+    assert bool(plan.mean_gains) == (part != "masks")
+    training = read_run(run)[-1].training
+    assert ("mean_gain" in training) == (part != "divergence")
+    instances = stream.planner.instances(2, plan)
+    assert all(not i.key_parts for i in instances) == (part == "masks")
+    assert (len({i.instruction for i in instances}) == 2) == (part == "diversity")
+    if part == "masks":
+        assert training["mean_gain"] == 0.0
+
+
+def test_only_kpig_has_parts_to_take_away(small_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"ablate takes parts away from kpig.*'sft'"):
+        open_stream(small_folder, tmp_path / "run", strategy="sft", ablate=["masks"])

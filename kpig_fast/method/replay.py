@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
 
@@ -37,6 +37,7 @@ class ReplayPlan:
         gains: gain of each drawn instance.
         mean_gains: mean gain of each earlier task.
         chosen: the replayed tasks, lowest mean gain first, equal ones by name.
+        measured: what another rule than the gain measured of each earlier task.
     """
 
     step: int
@@ -49,6 +50,7 @@ class ReplayPlan:
     gains: tuple[float, ...]
     mean_gains: dict[str, float]
     chosen: tuple[str, ...]
+    measured: dict[str, float] = field(default_factory=dict)
 
     @property
     def replayed(self) -> list[Draw]:

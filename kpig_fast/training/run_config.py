@@ -1,5 +1,6 @@
 """``RunConfig``: everything that one continual run needs, as a YAML file."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from kpig_fast.data.checks import nearest
 from kpig_fast.training.config import KPIGConfig
 
-StrategyName = Literal["kpig", "sft", "replay", "joint"]
+StrategyName = Literal["kpig", "sft", "replay", "entropy", "inscl", "ewc", "l2", "joint"]
+Part = Literal["masks", "divergence", "temperature", "diversity"]
 
 # Set by the run itself; a config that gives them would be overruled.
 _OWN_ARGUMENTS = {"output_dir", "seed", "remove_unused_columns", "resume_from_checkpoint"}
@@ -65,6 +67,22 @@ class ReplayConfig(_Section):
     instances: int = Field(default=10, ge=0)
 
 
+class PenaltyConfig(_Section):
+    """The quadratic penalty of ``l2`` and ``ewc``: its ``strength``.
+
+    ``instances``: how many instances of a step the Fisher information of ``ewc`` is estimated from.
+    """
+
+    strength: float = Field(default=1.0, ge=0)
+    instances: int = Field(default=64, ge=1)
+
+
+class InsCLConfig(_Section):
+    """``embedder``: folder or hub name of a sentence embedder for ``inscl``; default: the model's own hidden states."""
+
+    embedder: str | None = None
+
+
 class EvaluationConfig(_Section):
     """What is asked after every step: ``limit`` rows a task of ``split``, of the tasks learnt so far and the held-out.
 
@@ -84,6 +102,8 @@ class RunConfig(_Section):
     """One continual run.
 
     ``model``: folder or hub name of a causal language model, or ``bundled`` for the package's own small one.
+    ``ablate``: parts that kpig goes without: ``masks`` (replay by entropy, divergence on the complete instance),
+    ``divergence``, ``temperature`` (1 for every instance), ``diversity`` (the first wording of a task only).
     ``training``: arguments of ``KPIGConfig``, which has those of ``transformers.TrainingArguments``.
     """
 
@@ -94,9 +114,18 @@ class RunConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     data: DataConfig = DataConfig()
     stream: StreamConfig = StreamConfig()
+    ablate: tuple[Part, ...] = ()
     replay: ReplayConfig = ReplayConfig()
+    penalty: PenaltyConfig = PenaltyConfig()
+    inscl: InsCLConfig = InsCLConfig()
     training: dict[str, Any] = {}
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _kpig_is_ablated(self) -> "RunConfig":
+        if self.ablate and self.strategy != "kpig":
+            raise ValueError(f"ablate takes parts away from kpig, but the strategy is {self.strategy!r}; remove it")
+        return self
 
     @model_validator(mode="after")
     def _training_is_known(self) -> "RunConfig":
@@ -156,6 +185,8 @@ def _describe(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown key {place!r}{nearest(str(first['loc'][-1]), _keys_beside(first['loc']))}"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "literal_error":
+        message += nearest(str(first["input"]), re.findall(r"'([^']*)'", first["msg"]))
     return f"{place}: {message}, got {first['input']!r}" if place else message
 
 

@@ -8,7 +8,6 @@ the evaluation where the model was kept already; a plan that was written is read
 
 import hashlib
 import json
-import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -30,13 +29,12 @@ from transformers import (
 from kpig_fast.data.base_model import resolve_model
 from kpig_fast.data.files import write_lines
 from kpig_fast.data.lengths import check_collection_lengths
-from kpig_fast.data.schema import Instance, Row, TaskCollection, make_instance
+from kpig_fast.data.schema import TaskCollection, make_instance
 from kpig_fast.environment import environment
 from kpig_fast.evaluation.evaluate import evaluate
 from kpig_fast.evaluation.runs import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
-    PLAN_FILE,
     UNTRAINED,
     StepMetrics,
     is_complete,
@@ -44,15 +42,13 @@ from kpig_fast.evaluation.runs import (
     step_folder,
     write_metrics,
 )
-from kpig_fast.method.replay import Draw, ReplayPlan, assign_instructions, draw
-from kpig_fast.scorer import KeyPartScorer
-from kpig_fast.teacher import model_hash
+from kpig_fast.method.replay import ReplayPlan
 from kpig_fast.training.checkpoints import StepKeeper, delete_checkpoints, mean_loss, newest_checkpoint
 from kpig_fast.training.config import KPIGConfig
 from kpig_fast.training.data import load_data
+from kpig_fast.training.planning import Planner, chosen_strategy, make_steps
 from kpig_fast.training.progress import StepProgress
 from kpig_fast.training.run_config import RunConfig, dump_run_config
-from kpig_fast.training.strategies import STRATEGIES, PlanRequest
 from kpig_fast.training.trainer import TEACHER_FILE, KPIGTrainer, make_scorer
 from kpig_fast.tree.model import position_limit
 
@@ -65,33 +61,6 @@ def _nothing(_: Path) -> None:
     pass
 
 
-def make_steps(collection: TaskCollection, config: RunConfig) -> list[list[str]]:
-    """The seen tasks of every time step.
-
-    Raises:
-        ValueError: ``stream.order`` names an unknown task or category, or one twice; a task has no training rows.
-    """
-    seen = collection.names("seen")
-    groups: dict[str, list[str]] = {}
-    for name in seen:
-        groups.setdefault(name if config.stream.by == "task" else collection.tasks[name].category, []).append(name)
-    order = list(config.stream.order or groups)
-    unknown = [name for name in order if name not in groups]
-    if unknown:
-        raise ValueError(
-            f"stream.order names {unknown[0]!r}, which is no {config.stream.by} to train; known: {', '.join(groups)}"
-        )
-    if len(set(order)) < len(order):
-        raise ValueError("stream.order names a step twice; a task is learnt once")
-    if config.stream.order is None:
-        random.Random(config.seed).shuffle(order)
-    steps = [groups[name] for name in order[: config.stream.steps]]
-    empty = [name for step in steps for name in step if not collection.of_task(name, "train")]
-    if empty:
-        raise ValueError(f"task {empty[0]!r} is in the stream but has no training rows; add rows or leave it out")
-    return [[name for step in steps for name in step]] if STRATEGIES[config.strategy].joint else steps
-
-
 @dataclass
 class Stream:
     """One run. ``run`` goes through the steps; everything else is a part of one.
@@ -99,19 +68,17 @@ class Stream:
     Args:
         config: the whole run.
         collection: tasks and rows.
-        steps: task names of every step.
         model, tokenizer: the model as it is now, M_{t-1} before step t.
-        scorer: measures gains with that model.
+        planner: the steps, and what each trains.
         after_step: called with the run's folder whenever a step is complete, such as to write a report.
         progress: show progress bars and print one line a step.
     """
 
     config: RunConfig
     collection: TaskCollection
-    steps: list[list[str]]
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    scorer: KeyPartScorer
+    planner: Planner
     after_step: Callable[[Path], object] = _nothing
     progress: bool = True
 
@@ -144,9 +111,15 @@ class Stream:
             )
         check_data(run, data_hash(collection, steps))
         write_lines(run / DATA_REPORT_FILE, [str(report)])
-        stream = cls(config, collection, steps, model, tokenizer, scorer, after_step, progress)
+        planner = Planner(config, collection, steps, scorer, tokenizer, progress)
+        stream = cls(config, collection, model, tokenizer, planner, after_step, progress)
         stream.say(str(report))
         return stream
+
+    @property
+    def steps(self) -> list[list[str]]:
+        """Task names of every step."""
+        return self.planner.steps
 
     def run(self) -> None:
         """Evaluate the untrained model, then take every step that is not complete."""
@@ -161,7 +134,7 @@ class Stream:
         folder = step_folder(self.config.output_dir, step)
         set_seed(self.config.seed + step)
         started = time.perf_counter()
-        plan = self.plan(step)
+        plan = self.planner.plan(step)
         if (folder / MODEL_FOLDER).exists():
             kept = AutoModelForCausalLM.from_pretrained(folder / MODEL_FOLDER, dtype=self.config.dtype)
             self.model.load_state_dict(kept.state_dict())
@@ -174,9 +147,10 @@ class Stream:
         started = time.perf_counter()
         folder = step_folder(self.config.output_dir, step)
         trainer_folder = folder / TRAINER_FOLDER
-        instances = self.instances(step, plan)
+        instances = self.planner.instances(step, plan)
         args = training_arguments(self.config, trainer_folder, step)
         trainer = KPIGTrainer(self.model, args, instances, self.tokenizer, progress=self.progress)
+        trainer.penalty = self.planner.penalty(step)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(StepKeeper())
         if self.progress:
@@ -202,59 +176,10 @@ class Stream:
         (trainer_folder / TEACHER_FILE).unlink(missing_ok=True)
         delete_checkpoints(trainer_folder)
 
-    def plan(self, step: int) -> ReplayPlan:
-        """The plan of a step: read where it was written, else made with M_{t-1} and written."""
-        path = step_folder(self.config.output_dir, step) / PLAN_FILE
-        if path.exists():
-            return ReplayPlan.from_json(path.read_text("utf-8"))
-        replay = self.config.replay
-        request = PlanRequest(
-            step=step,
-            seed=self.config.seed,
-            alpha=self.scorer.alpha,
-            n_replay_tasks=replay.tasks,
-            n_per_task=replay.instances,
-            model_hash=model_hash(self.model),
-            earlier=tuple(name for names in self.steps[:step] for name in names),
-            draw=lambda task: self._draw(task, step),
-            measure=lambda drawn: self.measure([self._drawn_instance(one) for one in drawn]),
-        )
-        plan = STRATEGIES[self.config.strategy].plan(request)
-        write_lines(path, [plan.to_json().rstrip("\n")])
-        return plan
-
-    def instances(self, step: int, plan: ReplayPlan) -> list[Instance]:
-        """What a step trains: the rows of its tasks, each with a random wording, and what the plan replays."""
-        instances = []
-        for name in self.steps[step]:
-            task, rows = self.collection.tasks[name], self.train_rows(name)
-            wordings = assign_instructions(
-                name, [row.id for row in rows], len(task.instructions), seed=self.config.seed, step=step
-            )
-            instances += [make_instance(task, row, wording) for row, wording in zip(rows, wordings)]
-        return instances + [self._drawn_instance(one) for one in plan.replayed]
-
-    def train_rows(self, name: str) -> list[Row]:
-        """The training rows of a task, at most ``data.n_train``."""
-        return self.collection.of_task(name, "train")[: self.config.data.n_train]
-
-    def measure(self, instances: Sequence[Instance]) -> list[float]:
-        """Information gain of every instance with the model as it is now."""
-        return self.scorer.score(instances, progress=self.progress and bool(instances)).gain.tolist()
-
     def say(self, line: str) -> None:
         """Print a line above the progress bars."""
         if self.progress:
             tqdm.write(line)
-
-    def _draw(self, task: str, step: int) -> list[Draw]:
-        ids = [row.id for row in self.train_rows(task)]
-        size = len(self.collection.tasks[task].instructions)
-        return draw(task, ids, size, n=self.config.replay.instances, seed=self.config.seed, step=step)
-
-    def _drawn_instance(self, one: Draw) -> Instance:
-        row = next(row for row in self.train_rows(one.task) if row.id == one.row_id)
-        return make_instance(self.collection.tasks[one.task], row, one.instruction)
 
     def _evaluate(self, step: int, replayed: list[str], training: dict[str, float]) -> None:
         run, settings = self.config.output_dir, self.config.evaluation
@@ -265,7 +190,7 @@ class Stream:
             self.model,
             self.tokenizer,
             self.collection,
-            encoder=self.scorer.encoder,
+            encoder=self.planner.scorer.encoder,
             tasks=tasks,
             split=settings.split,
             limit=settings.limit,
@@ -291,7 +216,7 @@ class Stream:
     def _mean_gains(self, tasks: Sequence[str]) -> dict[str, float]:
         settings = self.config.evaluation
         asked = [row for name in tasks for row in self.collection.of_task(name, settings.split)[: settings.gain_rows]]
-        gains = self.measure([make_instance(self.collection.tasks[row.task], row) for row in asked])
+        gains = self.planner.gains([make_instance(self.collection.tasks[row.task], row) for row in asked])
         by_task: dict[str, list[float]] = {}
         for row, gain in zip(asked, gains):
             by_task.setdefault(row.task, []).append(gain)
@@ -312,8 +237,10 @@ def training_arguments(config: RunConfig, folder: Path, step: int) -> KPIGConfig
     """The Trainer's arguments for one step, which writes to ``folder``."""
     defaults = {"report_to": "none", "save_total_limit": 2, "dataloader_pin_memory": torch.cuda.is_available()}
     given: dict[str, Any] = {**defaults, **config.training}
-    if not STRATEGIES[config.strategy].distils:
+    if not chosen_strategy(config).distils:
         given["lam"] = 0.0
+    if "temperature" in config.ablate:
+        given["fixed_temperature"] = 1.0
     return KPIGConfig(output_dir=str(folder), seed=config.seed + step, disable_tqdm=True, **given)
 
 

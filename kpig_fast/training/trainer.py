@@ -17,6 +17,7 @@ from kpig_fast.scorer import KeyPartScorer, names_of
 from kpig_fast.teacher import Teacher, make_teacher
 from kpig_fast.training.batches import Forest, ForestCollator, GroupedSampler, TrainingExample
 from kpig_fast.training.config import KPIGConfig
+from kpig_fast.training.penalty import QuadraticPenalty
 from kpig_fast.tree.model import OutputHead, run_tree, tree_mode
 
 TEACHER_FILE = "teacher.safetensors"
@@ -87,6 +88,8 @@ class KPIGTrainer(Trainer):
         wordings: dict[str, int] = {}
         self.groups = [wordings.setdefault(i.instruction, len(wordings)) for i in instances]
         self.teacher: Teacher | None = None
+        # Added to the loss where it is set.
+        self.penalty: QuadraticPenalty | None = None
         self._logged: list[tuple[Tensor, int, Tensor, int]] = []
 
     def prepare_teacher(self) -> Teacher:
@@ -97,6 +100,8 @@ class KPIGTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Make the teacher (unless ``lam`` is 0), then train as ``transformers.Trainer.train`` does."""
+        if self.penalty is not None and self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed hides the gradients that a penalty adds to; train it with DDP or FSDP instead")
         if self.args.lam > 0:
             self.teacher = self.prepare_teacher()
         self.train_dataset = list(self._examples())  # type: ignore[assignment]
@@ -127,6 +132,9 @@ class KPIGTrainer(Trainer):
             super(KPIGTrainer, self).training_step(model, {"forest": forest}, num_items_in_batch)
             for forest in inputs["forests"]
         ]
+        if self.penalty is not None and self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler
+            self.penalty.add_gradient(1.0 if scaler is None else scaler.get_scale())
         return torch.stack(losses).sum()
 
     def compute_loss(
