@@ -42,6 +42,10 @@ def test_overrides_reach_into_sections_that_are_absent(tmp_path):
         ({"replay": {"tasks": -1}}, "replay.tasks: .*greater than or equal to 0, got -1"),
         ({"data": {"source": "folder"}}, "data source 'folder' needs a path"),
         ({"data": {"source": "suite", "path": "x"}}, "data source 'suite' takes no path"),
+        (
+            {"data": {"source": "natural_instructions", "path": "x", "seen": ["a", "b"], "held_out": ["b"]}},
+            "task 'b' is listed as seen and as held out",
+        ),
         ({"model": None}, "model: .*got None"),
     ],
 )

@@ -48,6 +48,13 @@ class DataConfig(_Section):
             raise ValueError(f"data source {self.source!r} {verb} path")
         return self
 
+    @model_validator(mode="after")
+    def _roles_differ(self) -> "DataConfig":
+        both = sorted(set(self.seen or ()) & set(self.held_out or ()))
+        if both:
+            raise ValueError(f"task {both[0]!r} is listed as seen and as held out; leave it in one of the lists")
+        return self
+
 
 class StreamConfig(_Section):
     """The time steps: one ``task`` (ST) or one ``category`` (SC) each, in ``order`` or in a seeded shuffle.
