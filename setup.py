@@ -35,6 +35,26 @@ def check_headers() -> None:
         )
 
 
+def cuda_compiler() -> str | None:
+    """The nvcc that builds the CUDA kernels, or None without them, as ``KPIG_BUILD_CUDA`` says: auto, 0 or 1.
+
+    SystemExit where it says anything else, or 1 and there is no nvcc.
+    """
+    wanted = os.environ.get("KPIG_BUILD_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"KPIG_BUILD_CUDA is {wanted!r}; give 1 to build the CUDA kernels, 0 not to, or auto where nvcc is.")
+    if wanted == "0":
+        return None
+    places = filter(None, (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"))
+    found = next(filter(None, map(shutil.which, places)), None)
+    if wanted == "1" and found is None:
+        sys.exit(
+            "KPIG_BUILD_CUDA=1, but there is no nvcc in PATH or /usr/local/cuda/bin: install the CUDA toolkit, 12.8 or "
+            "newer, or set CUDACXX to the path of nvcc."
+        )
+    return found
+
+
 class CMakeBuild(build_ext):
     """Runs CMake where setuptools would call the compiler."""
 
@@ -42,6 +62,7 @@ class CMakeBuild(build_ext):
         """Configure and build the module into the folder where setuptools expects it."""
         check_compiler()
         check_headers()
+        nvcc = cuda_compiler()
         # The tools of build-system.requires; a source distribution is made without them.
         import cmake
         import ninja
@@ -54,11 +75,15 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
             "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR, "ninja"),
+            "KPIG_BUILD_CUDA": os.environ.get("KPIG_BUILD_CUDA", "auto") if nvcc else "0",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
+        if "KPIG_CUDA_ARCHS" in os.environ:
+            options["CMAKE_CUDA_ARCHITECTURES"] = os.environ["KPIG_CUDA_ARCHS"]
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run([run, "-S", ROOT, "-B", folder, "-G", "Ninja", *defines], check=True)
+        environment = os.environ | ({"CUDACXX": nvcc} if nvcc else {})
+        subprocess.run([run, "-S", ROOT, "-B", folder, "-G", "Ninja", *defines], check=True, env=environment)
         subprocess.run([run, "--build", folder], check=True)
 
 

@@ -7,10 +7,12 @@ namespace py = pybind11;
 namespace kpig {
 void bind_tree(py::module_& module);
 void bind_cpu(py::module_& module);
+void bind_cuda(py::module_& module);
 }  // namespace kpig
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Native code of kpig_fast; kpig_fast.tree.layout and kpig_fast.ops.native wrap it.";
+  module.doc() = "Native code of kpig_fast; kpig_fast.tree.layout and kpig_fast.ops wrap it.";
   kpig::bind_tree(module);
   kpig::bind_cpu(module);
+  kpig::bind_cuda(module);
 }

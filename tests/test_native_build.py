@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -63,9 +64,41 @@ def test_a_compiler_with_a_launcher_is_accepted(setup_script, monkeypatch):
     setup_script["check_compiler"]()
 
 
+def test_nvcc_is_looked_for_as_the_variable_says(setup_script, monkeypatch):
+    present = {"nvcc": "/bin/nvcc", "/usr/local/cuda/bin/nvcc": "/usr/local/cuda/bin/nvcc", "/opt/nvcc": "/opt/nvcc"}
+    find = setup_script["cuda_compiler"]
+    monkeypatch.setattr(shutil, "which", present.get)
+    monkeypatch.delenv("KPIG_BUILD_CUDA", raising=False)
+    monkeypatch.setenv("CUDACXX", "/opt/nvcc")
+    assert find() == "/opt/nvcc"
+    monkeypatch.delenv("CUDACXX")
+    assert find() == "/bin/nvcc"
+    del present["nvcc"]
+    assert find() == "/usr/local/cuda/bin/nvcc"
+    monkeypatch.setenv("KPIG_BUILD_CUDA", "0")
+    assert find() is None
+    present.clear()
+    monkeypatch.setenv("KPIG_BUILD_CUDA", "auto")
+    assert find() is None
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("1", "KPIG_BUILD_CUDA=1, but there is no nvcc .*set CUDACXX"),
+        ("yes", "KPIG_BUILD_CUDA is 'yes'; give 1 .*0 .*auto"),
+    ],
+)
+def test_a_wish_for_cuda_that_cannot_be_met_is_one_sentence(setup_script, monkeypatch, value, sentence):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("KPIG_BUILD_CUDA", value)
+    with pytest.raises(SystemExit, match=sentence):
+        setup_script["cuda_compiler"]()
+
+
 def test_cmake_and_the_source_distribution_know_every_source(setup_script):
-    on_disk = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
-    in_cmake = set(re.findall(r"csrc/\S+\.cpp", (ROOT / "CMakeLists.txt").read_text()))
+    on_disk = {str(path.relative_to(ROOT)) for end in ("cpp", "cu") for path in (ROOT / "csrc").rglob(f"*.{end}")}
+    in_cmake = set(re.findall(r"csrc/\S+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
     carried = setup_script["native_sources"]()
     assert on_disk == in_cmake
     assert on_disk < set(carried)
@@ -77,7 +110,9 @@ def test_stub_declares_exactly_what_the_module_has():
     stub = ast.parse((ROOT / "kpig_fast" / "_native.pyi").read_text())
     declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     constants = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
-    assert declared | constants == {name for name in vars(_native) if not name.startswith("_")}
+    without_cuda = set() if _native.cuda_architectures() else {"logprob_rows_cuda", "jsd_rows_cuda"}
+    assert without_cuda < declared
+    assert declared - without_cuda | constants == {name for name in vars(_native) if not name.startswith("_")}
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="lists loaded libraries through /proc")
@@ -88,4 +123,5 @@ def test_module_loads_without_torch():
     libraries = {Path(line.split()[-1]).name for line in maps.splitlines() if ".so" in line}
     assert imported == "False"
     assert Path(_native.__file__).name in libraries
-    assert not [name for name in libraries if re.match(r"lib(torch|c10)", name)]
+    # Nor of CUDA, so that one module serves machines with a GPU and without.
+    assert not [name for name in libraries if re.match(r"lib(torch|c10|cuda|cudart)\b", name)]

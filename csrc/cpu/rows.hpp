@@ -1,32 +1,16 @@
 // Row passes of the operators over the vocabulary: from the raw products z = hidden · weight to log-probs, divergences
 // and the gradient by z, in place. kpig_fast.ops.rows_cpu is their user.
-//
-//     logit = softcap · tanh((z + bias) · scale / softcap)
 #pragma once
 
 #include <cstdint>
 
+#include "rowmath/logits.hpp"
+
 namespace kpig::cpu {
 
-inline constexpr std::int64_t kIgnore = -100;
-
-// How a head turns raw products into logits.
-template <class T>
-struct Transform {
-  const T* bias;  // [columns] or null
-  T scale;
-  T softcap;  // 0: none
-};
-
-// Rows of raw products; `stride` elements from one row to the next.
-template <class T>
-struct Rows {
-  T* data;
-  std::int64_t n, columns, stride;
-  Transform<T> transform;
-
-  T* row(std::int64_t i) const { return data + i * stride; }
-};
+using rowmath::kIgnore;
+using rowmath::Rows;
+using rowmath::Transform;
 
 // The running log-sum-exp and the target's logit of each row, over tiles of columns.
 template <class T>

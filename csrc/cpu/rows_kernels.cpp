@@ -13,21 +13,13 @@ namespace {
 
 using cpu::Rows;
 using cpu::Transform;
+using rowmath::kFar;
+using rowmath::kLn2;
 using rowmath::maximum;
+using rowmath::slope;
 
 template <class T>
 constexpr T kNone = -std::numeric_limits<T>::infinity();
-// Fills up the last vector: a finite logit whose probability is 0, so that differences of two of them are finite, too.
-template <class T>
-constexpr T kFar = static_cast<T>(-1e30);
-constexpr double kLn2 = 0.693147180559945309417;
-
-// For entries that a bias of -inf rules out on both sides; NaN stays NaN.
-template <class V>
-KPIG_ROWMATH V not_below_far(V x) {
-  constexpr auto kLowest = kFar<typename rowmath::Shape<V>::Element>;
-  return x < kLowest ? V{} + kLowest : x;
-}
 
 // each(at, lanes) for every vector of a row of n: the last one may have fewer lanes.
 template <class T, class Function>
@@ -81,9 +73,7 @@ T transform_row(T* z, std::int64_t n, const Transform<T>& transform, T temperatu
     if (!plain) {
       Vec<T> x = load_up_to(z + at, lanes, T{});
       if (transform.bias != nullptr) x += load_up_to(transform.bias + at, lanes, T{});
-      x *= transform.scale;
-      if (transform.softcap != 0) x = rowmath::tanh<Vec<T>>(x / transform.softcap) * transform.softcap;
-      store_up_to<T>(z + at, x / temperature, lanes);
+      store_up_to<T>(z + at, rowmath::to_logit<Vec<T>>(x, transform) / temperature, lanes);
     }
     top = maximum<Vec<T>>(top, load_up_to(z + at, lanes, kNone<T>));
   });
@@ -98,14 +88,6 @@ double sum_of_exponentials(const T* z, std::int64_t n, T top) {
     sum.add(rowmath::exp<Vec<T>>(load_up_to(z + at, lanes, kNone<T>) - top));
   });
   return sum.value();
-}
-
-// Derivative of a logit by its raw product, from the logit. The cap's slope is 1 without a cap.
-template <class T>
-KPIG_ROWMATH Vec<T> slope(const Transform<T>& transform, Vec<T> logit) {
-  if (transform.softcap == 0) return splat(transform.scale);
-  const Vec<T> bent = logit / transform.softcap;
-  return (1 - bent * bent) * transform.scale;
 }
 
 }  // namespace
@@ -141,10 +123,10 @@ void logprob_row(const Rows<T>& rows, std::int64_t i, const std::int64_t* target
   const T factor = -upstream[i], share = static_cast<T>(factor / sum);
   each_vector<T>(n, [&](std::int64_t at, std::int64_t lanes) {
     const Vec<T> x = load_up_to(z + at, lanes, T{});
-    store_up_to<T>(z + at, rowmath::exp<Vec<T>>(x - top) * share * slope(rows.transform, x), lanes);
+    store_up_to<T>(z + at, rowmath::exp<Vec<T>>(x - top) * share * slope<Vec<T>>(rows.transform, x), lanes);
   });
   // 1 - p from log p keeps its relative accuracy where p is near 1.
-  z[target[i]] = static_cast<T>(std::expm1(log_p)) * factor * slope<T>(rows.transform, splat(chosen))[0];
+  z[target[i]] = static_cast<T>(std::expm1(log_p)) * factor * slope<T>(rows.transform, chosen);
 }
 
 template <class T>
@@ -161,8 +143,8 @@ void jsd_row(const Rows<T>& rows, const Rows<T>& reference, std::int64_t i, cons
   const T shift = static_cast<T>(whole_shift), shift_rest = static_cast<T>(whole_shift - shift);
   LongSum<T> kl_p, kl_q;
   each_vector<T>(n, [&](std::int64_t at, std::int64_t lanes) {
-    const Vec<T> a = not_below_far(load_up_to(z + at, lanes, kFar<T>));
-    const Vec<T> b = not_below_far(load_up_to(r + at, lanes, kFar<T>));
+    const Vec<T> a = rowmath::not_below_far<Vec<T>>(load_up_to(z + at, lanes, kFar<T>));
+    const Vec<T> b = rowmath::not_below_far<Vec<T>>(load_up_to(r + at, lanes, kFar<T>));
     const Vec<T> p = rowmath::exp<Vec<T>>(a - z_top) * z_share, q = rowmath::exp<Vec<T>>(b - r_top) * r_share;
     // The difference of two close logits is exact, that of two log-probs is not.
     const auto log_ratio = rowmath::log_ratios<Vec<T>>(((b - a) - shift) - shift_rest);
@@ -170,7 +152,7 @@ void jsd_row(const Rows<T>& rows, const Rows<T>& reference, std::int64_t i, cons
     kl_q.add(q * log_ratio.q);
     if (upstream != nullptr) {
       store_up_to<T>(z + at, log_ratio.p, lanes);
-      store_up_to<T>(r + at, p * slope<T>(rows.transform, a * t), lanes);
+      store_up_to<T>(r + at, p * slope<Vec<T>>(rows.transform, a * t), lanes);
     }
   });
   const double from_p = kl_p.value(), from_q = kl_q.value(), bits = (from_p + from_q) / (2 * kLn2);

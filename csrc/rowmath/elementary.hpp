@@ -50,6 +50,15 @@ KPIG_ROWMATH F absolute(F x) {
   return x < 0 ? -x : x;
 }
 
+// x / y; on a GPU, for y in [1, 2^100], with 2 ulp in a fifth of the instructions.
+template <class F>
+KPIG_ROWMATH F quotient(F x, F y) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<F, float>) return __fdividef(x, y);
+#endif
+  return x / y;
+}
+
 template <class F, class Function>
 KPIG_ROWMATH F each_lane(F x, Function function) {
   if constexpr (std::is_floating_point_v<F>) {
@@ -102,7 +111,8 @@ KPIG_ROWMATH F expm1(F x) {
   }
 }
 
-// log((1 + e^x) / 2) = softplus(x) - ln 2 for x <= 0, without the cancellation near 0. float: 2 ulp.
+// log((1 + e^x) / 2) = softplus(x) - ln 2 for x <= 0, without the cancellation near 0. float: 2 ulp, 3 on a GPU, whose
+// quotient enters a term of a quarter of the result.
 template <class F>
 KPIG_ROWMATH F log_mean_exp(F x) {
   const F y = expm1(x);
@@ -110,7 +120,7 @@ KPIG_ROWMATH F log_mean_exp(F x) {
     return each_lane(y * 0.5, [](double lane) { return std::log1p(lane); });
   } else {
     // log1p(u) = 2 artanh(s) = u - s (u - 2 s^2 tail) with s = u / (2 + u), |s| <= 1/3, a minimax polynomial in s^2.
-    const F u = y * 0.5f, s = u / (u + 2.0f), t = s * s;
+    const F u = y * 0.5f, s = quotient<F>(u, u + 2.0f), t = s * s;
     const F tail = ((t * 2.79541372e-1f + 2.80153446e-1f) * t + 4.00205376e-1f) * t + 6.66664382e-1f;
     return u - s * (u - t * tail);
   }
