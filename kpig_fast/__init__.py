@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kpig_fast.scorer import GainScores, KeyPartScorer
     from kpig_fast.training.config import KPIGConfig
     from kpig_fast.training.trainer import KPIGTrainer
+    from kpig_fast.tree.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ _HOMES = {
     "KPIGConfig": "kpig_fast.training.config",
     "KPIGTrainer": "kpig_fast.training.trainer",
     "KeyPartScorer": "kpig_fast.scorer",
+    "warmup": "kpig_fast.tree.warmup",
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "KPIGTrainer",
     "KeyPartScorer",
     "__version__",
+    "warmup",
 ]
 
 

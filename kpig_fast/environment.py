@@ -1,5 +1,6 @@
 """What a result depends on besides the code's arguments: versions and hardware. No user names, paths or variables."""
 
+import importlib.util
 import os
 import platform
 from importlib import metadata
@@ -10,7 +11,7 @@ _PACKAGES = ("kpig-fast", "torch", "transformers", "accelerate", "peft", "datase
 
 
 def environment() -> dict[str, Any]:
-    """Versions of Python and the packages that matter, processor, cores, CPU kernels, memory in GiB, and GPUs."""
+    """Versions of Python and the packages that matter, processor, CPU kernels, memory in GiB, GPUs and GPU kernels."""
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -20,6 +21,7 @@ def environment() -> dict[str, Any]:
         "cpu_kernels": _cpu_kernels(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(),
+        "gpu_kernels": _gpu_kernels(),
     }
 
 
@@ -45,6 +47,12 @@ def _cpu_kernels() -> dict[str, str]:
     from kpig_fast import _native
 
     return {"instruction_set": _native.isa_name(), "threads_from": _native.thread_source()}
+
+
+def _gpu_kernels() -> dict[str, Any]:
+    from kpig_fast import _native
+
+    return {"cuda": _native.cuda_architectures(), "triton": importlib.util.find_spec("triton") is not None}
 
 
 def _gpus() -> list[str]:

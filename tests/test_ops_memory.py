@@ -28,8 +28,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 32 × 128, chunks of 40 rows (divergence: 20), sweeps of 1."""
-    monkeypatch.setattr(ops_module("response_logprob"), "TILE_ROWS", 32)
-    monkeypatch.setattr(ops_module("response_logprob"), "TILE_COLUMNS", 128)
+    monkeypatch.setattr(ops_module("response_logprob"), "CPU_TILE", (32, 128))
     monkeypatch.setattr(ops_module("head"), "CHUNK_ELEMENTS", CHUNK // FLOAT)
     monkeypatch.setattr(ops_module("rows_torch"), "SWEEP_ELEMENTS", V)
 

@@ -30,8 +30,7 @@ pytestmark = pytest.mark.usefixtures("path")
 @pytest.fixture
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 5 rows × 7 columns and chunks of 4 rows, with ragged ends, for a vocabulary of 97."""
-    monkeypatch.setattr(ops_module("response_logprob"), "TILE_ROWS", 5)
-    monkeypatch.setattr(ops_module("response_logprob"), "TILE_COLUMNS", 7)
+    monkeypatch.setattr(ops_module("response_logprob"), "CPU_TILE", (5, 7))
     monkeypatch.setattr(ops_module("head"), "CHUNK_ELEMENTS", 4 * 97)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kpig_fast.ops.head import Head, check_head, chunk_space, chunks, row_passes
-from kpig_fast.ops.precision import compute_dtype, without_autocast
+from kpig_fast.ops.precision import compute_dtype, shielded, under_autocast
 
 Side = tuple[Tensor, Tensor, Tensor | None]
 
@@ -27,19 +27,16 @@ def jsd_pass(
     space: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Divergences [N] by chunks of rows in ``space``; for an ``upstream`` [N] also the gradient by hidden."""
-    t = temperature.to(head.weight.dtype).contiguous()
+    t = temperature.to(space.dtype).contiguous()
     out = torch.empty_like(t)
     dhidden = hidden.new_empty(0 if upstream is None else hidden.shape)
-    vocabulary = len(head.weight)
-    for rows, both in chunks(space, len(t), 2 * vocabulary):
-        n = rows.stop - rows.start
-        z, r = both.view(2, n, vocabulary)
+    for rows, (z, r) in chunks(space, len(t), len(head.weight), sides=2):
         head.products(hidden[rows], z)
         ref_head.products(ref_hidden[rows], r)
-        grad = None if upstream is None else upstream[rows]
-        row_passes(z).jsd(z, head.transform, r, ref_head.transform, t[rows], out[rows], grad)
-        if upstream is not None:
-            head.backward(z, hidden[rows], dhidden[rows])
+        gradient = None if upstream is None else (upstream[rows], head.gradient_of(z))
+        row_passes(z, sides=2).jsd(z, head.transform, r, ref_head.transform, t[rows], out[rows], gradient)
+        if gradient is not None:
+            head.backward(gradient[1], hidden[rows], dhidden[rows])
     return out, dhidden
 
 
@@ -53,7 +50,7 @@ def check_sides(name: str, model: Side, reference: Side, temperature: Tensor) ->
 
 
 @torch.library.custom_op("kpig_fast::linear_jsd", mutates_args=())
-@without_autocast
+@shielded
 def _linear_jsd(
     hidden: Tensor,
     weight: Tensor,
@@ -65,10 +62,9 @@ def _linear_jsd(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    dtype = compute_dtype(hidden)
-    head = Head(weight, bias, softcap, logit_scale, dtype)
-    ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, dtype)
-    space = chunk_space(head.weight, len(hidden), 2 * len(weight))
+    head = Head(weight, bias, softcap, logit_scale, hidden)
+    ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, ref_hidden)
+    space = chunk_space(head, len(hidden), sides=2)
     out, _ = jsd_pass(head, hidden, ref_head, ref_hidden, temperature, None, space)
     return out
 
@@ -79,7 +75,7 @@ def _(hidden, weight, ref_hidden, ref_weight, temperature, bias, ref_bias, softc
 
 
 @torch.library.custom_op("kpig_fast::linear_jsd_backward", mutates_args=())
-@without_autocast
+@shielded
 def _linear_jsd_backward(
     grad: Tensor,
     hidden: Tensor,
@@ -94,11 +90,10 @@ def _linear_jsd_backward(
     wants_weight: bool,
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(hidden)
-    head = Head(weight, bias, softcap, logit_scale, dtype, wants_weight=wants_weight, wants_bias=wants_bias)
-    ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, dtype)
-    space = chunk_space(head.weight, len(hidden), 2 * len(weight))
-    _, dhidden = jsd_pass(head, hidden, ref_head, ref_hidden, temperature, grad.to(dtype).contiguous(), space)
+    head = Head(weight, bias, softcap, logit_scale, hidden, wants_weight=wants_weight, wants_bias=wants_bias)
+    ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, ref_hidden)
+    space = chunk_space(head, len(hidden), sides=2)
+    _, dhidden = jsd_pass(head, hidden, ref_head, ref_hidden, temperature, grad.to(space.dtype).contiguous(), space)
     dweight, dbias = head.gradients()
     return dhidden, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
@@ -167,6 +162,7 @@ def linear_jsd(
         ValueError: shapes do not fit.
     """
     check_sides("linear_jsd", (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), temperature)
+    hidden, weight, ref_hidden, ref_weight = under_autocast(hidden, weight, ref_hidden, ref_weight)
     return torch.ops.kpig_fast.linear_jsd(
         hidden, weight, ref_hidden, ref_weight, temperature, bias, ref_bias, softcap, logit_scale
     )

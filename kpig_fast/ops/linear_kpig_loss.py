@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kpig_fast.ops.head import Head, check_head, check_targets, chunk_space
 from kpig_fast.ops.linear_jsd import check_sides, jsd_pass
-from kpig_fast.ops.precision import compute_dtype, without_autocast
+from kpig_fast.ops.precision import compute_dtype, shielded, under_autocast
 from kpig_fast.ops.response_logprob import logprob_pass
 
 
@@ -28,7 +28,7 @@ class KPIGLoss(NamedTuple):
 
 
 @torch.library.custom_op("kpig_fast::linear_kpig_loss", mutates_args=())
-@without_autocast
+@shielded
 def _linear_kpig_loss(
     hidden: Tensor,
     target: Tensor,
@@ -49,12 +49,12 @@ def _linear_kpig_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_targets(target, weight.shape[0])
     dtype = compute_dtype(hidden)
-    head = Head(weight, bias, softcap, logit_scale, dtype, wants_weight=wants_weight, wants_bias=wants_bias)
-    ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, dtype)
+    head = Head(weight, bias, softcap, logit_scale, hidden, wants_weight=wants_weight, wants_bias=wants_bias)
+    ref_head = Head(ref_weight, ref_bias, softcap, logit_scale, ref_hidden)
     wants_any = wants_hidden or wants_weight or wants_bias
     by_log_prob = hidden.new_full(target.shape, -ce_scale, dtype=dtype) if wants_any else None
     by_jsd = hidden.new_full(temperature.shape, jsd_scale, dtype=dtype) if wants_any else None
-    space = chunk_space(head.weight, max((len(hidden) + 1) // 2, len(masked_hidden)), 2 * len(weight))
+    space = chunk_space(head, max((len(hidden) + 1) // 2, len(masked_hidden)), sides=2)
     log_probs, dhidden = logprob_pass(head, hidden, target, by_log_prob, space)
     jsd, dmasked = jsd_pass(head, masked_hidden, ref_head, ref_hidden, temperature, by_jsd, space)
     loss = jsd.sum() * jsd_scale - log_probs.sum() * ce_scale
@@ -138,6 +138,8 @@ def linear_kpig_loss(
     check_head("linear_kpig_loss", hidden, weight, bias, target, "target")
     masked, reference = (masked_hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)
     check_sides("linear_kpig_loss, masked rows,", masked, reference, temperature)
+    hidden, masked_hidden, weight = under_autocast(hidden, masked_hidden, weight)
+    ref_hidden, ref_weight = under_autocast(ref_hidden, ref_weight)
     grad = torch.is_grad_enabled()
     wants_hidden = grad and (hidden.requires_grad or masked_hidden.requires_grad)
     wants_bias = grad and bias is not None and bias.requires_grad

@@ -6,6 +6,8 @@ N rows, D hidden size, V vocabulary. Forward: tiles of rows × vocabulary with a
 [N]. Backward: chunks of rows; a chunk's logits are formed again and turned into their gradient in place.
 """
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -17,14 +19,19 @@ from kpig_fast.ops.head import (
     check_targets,
     chunk_space,
     chunks,
+    multiply,
     row_passes,
+    tile_passes,
 )
-from kpig_fast.ops.precision import compute_dtype, without_autocast
+from kpig_fast.ops.log import took
+from kpig_fast.ops.precision import compute_dtype, factor_dtype, shielded, under_autocast
 from kpig_fast.ops.reference import IGNORE
 
 # Rows × vocabulary columns of one no-gradient tile, 2 MB in float32: still in the cores' caches when it is swept. Few
 # columns, so that their weights are too, while all rows pass.
-TILE_ROWS, TILE_COLUMNS = 1024, 512
+CPU_TILE = 1024, 512
+# The same on a GPU, 32 MB for its L2 cache: enough rows and columns to fill it with matrix products.
+GPU_TILE = 4096, 2048
 
 
 def logprob_pass(
@@ -32,36 +39,53 @@ def logprob_pass(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] by chunks of rows in ``space``; for an ``upstream`` [N] also the gradient by hidden."""
     target = target.long().contiguous()
-    out = torch.empty(target.shape, dtype=head.weight.dtype, device=hidden.device)
+    out = space.new_empty(target.shape)
     dhidden = hidden.new_empty(0 if upstream is None else hidden.shape)
-    for rows, z in chunks(space, len(target), len(head.weight)):
+    for rows, (z,) in chunks(space, len(target), len(head.weight)):
         head.products(hidden[rows], z)
-        grad = None if upstream is None else upstream[rows]
-        row_passes(z).logprob(z, target[rows], head.transform, out[rows], grad)
-        if upstream is not None:
-            head.backward(z, hidden[rows], dhidden[rows])
+        gradient = None if upstream is None else (upstream[rows], head.gradient_of(z))
+        row_passes(z, sides=1).logprob(z, target[rows], head.transform, out[rows], gradient)
+        if gradient is not None:
+            head.backward(gradient[1], hidden[rows], dhidden[rows])
     return out, dhidden
 
 
 @torch.library.custom_op("kpig_fast::response_logprob", mutates_args=())
-@without_autocast
+@shielded
 def _response_logprob(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
 ) -> Tensor:
     check_targets(target, len(weight))
-    dtype, target = compute_dtype(hidden), target.long().contiguous()
-    top = torch.full(target.shape, -torch.inf, dtype=dtype, device=hidden.device)
+    target = target.long().contiguous()
+    top = torch.full(target.shape, -torch.inf, dtype=compute_dtype(hidden), device=hidden.device)
     total, picked = torch.zeros_like(top), torch.zeros_like(top)
-    space = top.new_empty(min(TILE_ROWS, len(target)) * min(TILE_COLUMNS, len(weight)))
-    for columns in blocks(len(weight), TILE_COLUMNS):
-        tile = weight[columns].to(dtype).t()
-        transform = Transform(None if bias is None else bias[columns].to(dtype).contiguous(), softcap, logit_scale)
-        for rows in blocks(len(target), TILE_ROWS):
-            z = space[: (rows.stop - rows.start) * tile.shape[1]].view(-1, tile.shape[1])
-            torch.mm(hidden[rows].to(dtype), tile, out=z)
-            state = top[rows], total[rows], picked[rows]
-            row_passes(z).score_tile(z, columns.start, target[rows], transform, *state)
+    bias = None if bias is None else bias.to(top.dtype).contiguous()
+    _scores(hidden, weight, target, Transform(bias, softcap, logit_scale), (top, total, picked))
     return torch.where(target == IGNORE, 0, ((picked - top) - total.log()).clamp_(max=0))
+
+
+def _scores(
+    hidden: Tensor, weight: Tensor, target: Tensor, transform: Transform, state: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Bring each row's running maximum, sum of exponentials and target's logit over the whole vocabulary."""
+    on_gpu = hidden.device.type == "cuda"
+    if on_gpu and importlib.util.find_spec("triton"):
+        from kpig_fast.ops import scoring_triton
+
+        if scoring_triton.takes(hidden, weight):
+            took(f"scoring of {hidden.dtype} on a GPU", "one Triton kernel", f"hidden size {hidden.shape[1]}")
+            scoring_triton.score(hidden, weight, target, transform, *state)
+            return
+    factors, (n_rows, n_columns) = factor_dtype(hidden, weight), GPU_TILE if on_gpu else CPU_TILE
+    space = state[0].new_empty(min(n_rows, len(target)), min(n_columns, len(weight)))
+    for columns in blocks(len(weight), n_columns):
+        tile = weight[columns].to(factors).t()
+        of_tile = transform._replace(bias=None if transform.bias is None else transform.bias[columns])
+        for rows in blocks(len(target), n_rows):
+            z = space[: rows.stop - rows.start, : tile.shape[1]]
+            multiply(hidden[rows].to(factors), tile, z)
+            of_rows = (x[rows] for x in state)
+            tile_passes(z).score_tile(z, columns.start, target[rows], of_tile, *of_rows)
 
 
 @_response_logprob.register_fake
@@ -70,7 +94,7 @@ def _(hidden, weight, target, bias, softcap, logit_scale):
 
 
 @torch.library.custom_op("kpig_fast::response_logprob_backward", mutates_args=())
-@without_autocast
+@shielded
 def _response_logprob_backward(
     grad: Tensor,
     hidden: Tensor,
@@ -82,10 +106,9 @@ def _response_logprob_backward(
     wants_weight: bool,
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(hidden)
-    head = Head(weight, bias, softcap, logit_scale, dtype, wants_weight=wants_weight, wants_bias=wants_bias)
-    space = chunk_space(head.weight, len(hidden), len(weight))
-    _, dhidden = logprob_pass(head, hidden, target, grad.to(dtype).contiguous(), space)
+    head = Head(weight, bias, softcap, logit_scale, hidden, wants_weight=wants_weight, wants_bias=wants_bias)
+    space = chunk_space(head, len(hidden))
+    _, dhidden = logprob_pass(head, hidden, target, grad.to(space.dtype).contiguous(), space)
     dweight, dbias = head.gradients()
     return dhidden, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype)
 
@@ -138,4 +161,5 @@ def response_logprob(
         ValueError: shapes do not fit, or a target is no token id.
     """
     check_head("response_logprob", hidden, weight, bias, target, "target")
+    hidden, weight = under_autocast(hidden, weight)
     return torch.ops.kpig_fast.response_logprob(hidden, weight, target, bias, softcap, logit_scale)

@@ -1,6 +1,7 @@
 """Row passes over the vocabulary by the kernels of csrc/cpu.
 
-``z`` [n, V] raw products, contiguous; ``transform`` (bias, softcap, logit_scale) makes them logits.
+``z`` [n, V] raw products, each row contiguous; ``transform`` (bias, softcap, logit_scale) makes them logits.
+``gradient``, if one is wanted: the upstream gradient [n], and ``z`` again, which becomes the gradient by it.
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from kpig_fast.ops.native import address, kernel
 
 Transform = tuple[Tensor | None, float | None, float]
+Gradient = tuple[Tensor, Tensor] | None
 
 
 def score_tile(
@@ -21,10 +23,10 @@ def score_tile(
     )  # fmt: skip
 
 
-def logprob(z: Tensor, target: Tensor, transform: Transform, out: Tensor, upstream: Tensor | None) -> None:
-    """Write log-probabilities to ``out`` [n]; for an ``upstream`` [n], ``z`` becomes the gradient by it."""
+def logprob(z: Tensor, target: Tensor, transform: Transform, out: Tensor, gradient: Gradient) -> None:
+    """Write log-probabilities to ``out`` [n]."""
     kernel("logprob_rows", z.dtype)(
-        _rows(z, transform), address(target), address(upstream), address(out), torch.get_num_threads()
+        _rows(z, transform), address(target), _upstream(z, gradient), address(out), torch.get_num_threads()
     )
 
 
@@ -35,15 +37,23 @@ def jsd(
     ref_transform: Transform,
     t: Tensor,
     out: Tensor,
-    upstream: Tensor | None,
+    gradient: Gradient,
 ) -> None:
-    """Write divergences to ``out`` [n], destroying both sides; for an ``upstream`` [n], ``z`` becomes its gradient."""
+    """Write divergences to ``out`` [n]; with a ``gradient``, ``r`` is destroyed."""
     kernel("jsd_rows", z.dtype)(
-        _rows(z, transform), _rows(r, ref_transform), address(t), address(upstream), address(out),
+        _rows(z, transform), _rows(r, ref_transform), address(t), _upstream(z, gradient), address(out),
         torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _rows(z: Tensor, transform: Transform) -> tuple[int, int, int, int, int, float, float]:
     bias, softcap, scale = transform
-    return address(z), z.shape[0], z.shape[1], z.stride(0), address(bias), scale, softcap or 0.0
+    assert z.stride(1) == 1 or z.shape[1] == 1
+    return z.data_ptr(), z.shape[0], z.shape[1], z.stride(0), address(bias), scale, softcap or 0.0
+
+
+def _upstream(z: Tensor, gradient: Gradient) -> int:
+    if gradient is None:
+        return 0
+    assert gradient[1] is z
+    return address(gradient[0])

@@ -1,6 +1,7 @@
 """Row passes over the vocabulary in plain PyTorch, for devices that have no kernels of their own.
 
 ``z`` [n, V] raw products; ``transform`` (bias, softcap, logit_scale) makes them logits.
+``gradient``, if one is wanted: the upstream gradient [n], and where to write the gradient by ``z`` [n, V], over ``z``.
 """
 
 import math
@@ -17,6 +18,7 @@ LN2 = math.log(2.0)
 SWEEP_ELEMENTS = 2**20
 
 Transform = tuple[Tensor | None, float | None, float]
+Gradient = tuple[Tensor, Tensor] | None
 
 
 def score_tile(
@@ -32,8 +34,8 @@ def score_tile(
     top.copy_(now)
 
 
-def logprob(z: Tensor, target: Tensor, transform: Transform, out: Tensor, upstream: Tensor | None) -> None:
-    """Write log-probabilities to ``out`` [n]; for an ``upstream`` [n], ``z`` becomes the gradient by it.
+def logprob(z: Tensor, target: Tensor, transform: Transform, out: Tensor, gradient: Gradient) -> None:
+    """Write log-probabilities to ``out`` [n].
 
     The target's entry ``1 - p`` is formed from ``log p``, so that it keeps its relative accuracy near 0.
     """
@@ -43,9 +45,10 @@ def logprob(z: Tensor, target: Tensor, transform: Transform, out: Tensor, upstre
         counts, index = target[rows, None] != IGNORE, target[rows, None].clamp(min=0)
         picked = log_p.gather(1, index)
         out[rows] = torch.where(counts, picked, 0)[:, 0]
-        if upstream is not None:
+        if gradient is not None:
+            upstream, dz = gradient
             scale = torch.where(counts, -upstream[rows, None], 0)
-            torch.mul(log_p.exp_(), scale, out=z[rows]).scatter_(1, index, picked.expm1_() * scale).mul_(slope)
+            dz[rows] = log_p.exp_().mul_(scale).scatter_(1, index, picked.expm1_() * scale).mul_(slope)
 
 
 def jsd(
@@ -55,9 +58,9 @@ def jsd(
     ref_transform: Transform,
     t: Tensor,
     out: Tensor,
-    upstream: Tensor | None,
+    gradient: Gradient,
 ) -> None:
-    """Write divergences to ``out`` [n], destroying both sides; for an ``upstream`` [n], ``z`` becomes its gradient.
+    """Write divergences to ``out`` [n], destroying both sides.
 
     With ``a, b`` the log-probabilities of p, q and m their mean: ``log(p/m) = ln 2 + logsigmoid(a - b)``,
     ``log(q/m) = ln 2 + logsigmoid(b - a)``, and ``d out/dz = p (log(p/m) - KL_p) / (2 t ln 2)``: finite where both
@@ -75,9 +78,10 @@ def jsd(
         p = a.exp_()
         kl_p = (p * log_pm).sum(-1)
         out[rows] = ((kl_p + kl_q) / (2 * LN2)).clamp_(min=0)
-        if upstream is not None:
+        if gradient is not None:
+            upstream, dz = gradient
             factor = upstream[rows, None] / (2 * LN2 * by)
-            torch.mul(p, log_pm.sub_(kl_p[:, None]).mul_(factor), out=z[rows]).mul_(slope)
+            dz[rows] = log_pm.sub_(kl_p[:, None]).mul_(factor).mul_(p).mul_(slope)
 
 
 def _to_logits(z: Tensor, transform: Transform) -> Tensor | float:

@@ -14,21 +14,32 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from kpig_fast._native import isa_name
 from kpig_fast.ops import attention_cpu, attention_torch
+from kpig_fast.ops.log import took
 from kpig_fast.ops.native import runs_native
-from kpig_fast.ops.precision import compute_dtype, without_autocast
+from kpig_fast.ops.precision import compute_dtype, shielded
 
 
 def path_of(q: Tensor, v: Tensor) -> ModuleType:
     """The module whose ``forward`` and ``backward`` work on tensors like these."""
-    if runs_native(q):
-        return attention_cpu
-    if q.device.type == "cuda" and importlib.util.find_spec("triton"):
-        from kpig_fast.ops import attention_triton
+    path, name, why = _path_of(q, v)
+    took(f"tree attention in {q.dtype} on {q.device.type}", name, why)
+    return path
 
-        if attention_triton.takes(q, v):
-            return attention_triton
-    return attention_torch
+
+def _path_of(q: Tensor, v: Tensor) -> tuple[ModuleType, str, str]:
+    if runs_native(q):
+        return attention_cpu, "C++", f"kernels for {isa_name()}"
+    if q.device.type != "cuda":
+        return attention_torch, "plain PyTorch", "there are no kernels for this device"
+    if not importlib.util.find_spec("triton"):
+        return attention_torch, "plain PyTorch", "triton is not installed"
+    from kpig_fast.ops import attention_triton
+
+    if attention_triton.takes(q, v):
+        return attention_triton, "Triton", "the inputs are on a CUDA GPU"
+    return attention_torch, "plain PyTorch", "the Triton kernels take no float64 and no heads of more than 256"
 
 
 def _empty(like: Tensor, size: int) -> Tensor:
@@ -37,7 +48,7 @@ def _empty(like: Tensor, size: int) -> Tensor:
 
 
 @torch.library.custom_op("kpig_fast::tree_attention", mutates_args=())
-@without_autocast
+@shielded
 def _tree_attention(
     q: Tensor,
     k: Tensor,
@@ -51,8 +62,7 @@ def _tree_attention(
 ) -> tuple[Tensor, Tensor]:
     out = _empty(q, v.shape[-1])
     lse = torch.empty(q.shape[:2], dtype=compute_dtype(q), device=q.device)
-    with torch.cuda.device_of(q):
-        path_of(q, v).forward(q, k, v, subtree_end, position_ids, scale, window, softcap, sinks, out, lse)
+    path_of(q, v).forward(q, k, v, subtree_end, position_ids, scale, window, softcap, sinks, out, lse)
     return out, lse
 
 
@@ -63,7 +73,7 @@ def _(q, k, v, subtree_end, position_ids, scale, window, softcap, sinks):
 
 
 @torch.library.custom_op("kpig_fast::tree_attention_backward", mutates_args=())
-@without_autocast
+@shielded
 def _tree_attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -79,10 +89,9 @@ def _tree_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     delta = torch.empty_like(lse)
     dq = _empty(q, q.shape[-1])
-    with torch.cuda.device_of(q):
-        dk, dv = path_of(q, v).backward(
-            grad, q, k, v, out, lse, subtree_end, position_ids, scale, window, softcap, dq, delta
-        )
+    dk, dv = path_of(q, v).backward(
+        grad, q, k, v, out, lse, subtree_end, position_ids, scale, window, softcap, dq, delta
+    )
     return dq, dk.to(k.dtype), dv.to(v.dtype), delta
 
 
