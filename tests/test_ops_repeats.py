@@ -34,14 +34,14 @@ def logprob(rows: slice) -> list[Tensor]:
     """Results and gradients of a row pass over some of the same rows."""
     z, out = 3 * normal(N, V, seed=1)[rows], torch.empty(N)[rows]
     head = (normal(V, seed=2), 3.0, 0.7)
-    rows_cpu.logprob(z, targets(N, V)[rows], head, out, upstream(N)[rows])
+    rows_cpu.logprob(z, targets(N, V)[rows], head, out, (upstream(N)[rows], z))
     return [out, z]
 
 
 def jsd(rows: slice) -> list[Tensor]:
     z, r, out = 3 * normal(N, V, seed=1)[rows], 3 * normal(N, V, seed=2)[rows], torch.empty(N)[rows]
     t = torch.linspace(0.5, 2, N)[rows]
-    rows_cpu.jsd(z, (normal(V, seed=3), 3.0, 0.7), r, (None, None, 1.0), t, out, upstream(N)[rows])
+    rows_cpu.jsd(z, (normal(V, seed=3), 3.0, 0.7), r, (None, None, 1.0), t, out, (upstream(N)[rows], z))
     return [out, z]
 
 

@@ -48,7 +48,7 @@ def test_says_so_when_it_takes_long(monkeypatch: pytest.MonkeyPatch, capfd: pyte
     monkeypatch.setattr(warmup_module, "run_tree", slow)
     monkeypatch.setattr(warmup_module, "PATIENCE", 0.05)
     warmup(make_model("llama"))
-    assert "compiling GPU kernels for a model of type 'llama'" in capfd.readouterr().err
+    assert "preparing a model of type 'llama'" in capfd.readouterr().err
 
 
 def test_a_model_without_trees_is_refused_and_stays() -> None:

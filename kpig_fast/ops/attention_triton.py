@@ -40,19 +40,31 @@ class Blocks(NamedTuple):
     warps: int
 
 
-def query_blocks(width: int, dtype: torch.dtype) -> Blocks:
-    """For the kernels that go from a query block over keys, by padded head size: what needs no spilled register."""
+def forward_blocks(width: int, dtype: torch.dtype) -> Blocks:
+    """For the forward kernel, by padded head size: sizes that spill no register, with any option on any chip.
+
+    Exact float32 products have no matrix instructions, and take more registers.
+    """
     if dtype == torch.float32:
-        return Blocks(32, 32, 4)
-    return Blocks(64, 64, 8) if width <= 128 else Blocks(64, 32, 8)
+        return Blocks(32, 16, 8)
+    return Blocks(128, 64, 8) if width <= 128 else Blocks(64, 32, 8)
+
+
+def query_blocks(width: int, dtype: torch.dtype) -> Blocks:
+    """For the gradient by queries, likewise."""
+    if dtype == torch.float32:
+        return Blocks(16, 16, 8)
+    if width <= 64:
+        return Blocks(128, 32, 8)
+    return Blocks(64, 32, 4) if width <= 128 else Blocks(64, 16, 8)
 
 
 def key_blocks(width: int, dtype: torch.dtype) -> Blocks:
-    """For the kernel that goes from a key block over queries, likewise."""
+    """For the gradients by keys and values, likewise."""
     if dtype == torch.float32:
-        return Blocks(32, 32, 4)
+        return Blocks(16, 16, 8)
     if width <= 64:
-        return Blocks(64, 32, 4)
+        return Blocks(32, 64, 4)
     return Blocks(32, 64, 8) if width <= 128 else Blocks(32, 32, 8)
 
 
@@ -113,7 +125,7 @@ def forward(
         return
     q, k, v = map(_unit_stride, (q, k, v))
     call = _Call(q, k, v, subtree_end, position_ids, window)
-    blocks = query_blocks(call.width, q.dtype)
+    blocks = forward_blocks(call.width, q.dtype)
     forward_kernel[(triton.cdiv(call.tokens, blocks.m), q.shape[0])](
         q, k, v, out, lse, call.ends, call.positions, lse if sinks is None else sinks.contiguous(),
         *call.visits(blocks), call.tokens, call.window or 0, scale, softcap or 1.0, *q.stride()[:2], *k.stride()[:2],

@@ -8,13 +8,16 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# What differs from tree to tree; the kernels are not compiled again for another value, or for another alignment.
+VARYING = ["ends", "positions", "full", "n_full", "partial", "n_partial", "tokens", "window", "blocks"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def visits_kernel(ends, positions, full, n_full, partial, n_partial, tokens, window, blocks, HAS_WINDOW: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """For a query block: the key blocks that it sees whole, a list and its length, and those that it sees in part."""
     m = tl.program_id(0)
+    full, partial = full + m.to(tl.int64) * blocks, partial + m.to(tl.int64) * blocks
     first, last = m * BLOCK_M, tl.minimum(m * BLOCK_M + BLOCK_M, tokens) - 1
     n_whole, n_part = 0, 0
     if HAS_WINDOW:
@@ -31,10 +34,10 @@ def visits_kernel(ends, positions, full, n_full, partial, n_partial, tokens, win
             seen = seen & (highest - position < window)
             whole = whole & (deepest - position < window)
         if tl.min(whole.to(tl.int32)) == 1:
-            tl.store(full + m * blocks + n_whole, n)
+            tl.store(full + n_whole, n)
             n_whole += 1
         elif tl.max(seen.to(tl.int32)) == 1:
-            tl.store(partial + m * blocks + n_part, n)
+            tl.store(partial + n_part, n)
             n_part += 1
     tl.store(n_full + m, n_whole)
     tl.store(n_partial + m, n_part)
@@ -70,30 +73,41 @@ def _dot(a, b, UPCAST: tl.constexpr):
 
 @triton.jit
 def _visible(q_index, k_index, ends, positions, tokens, window, HAS_WINDOW: tl.constexpr):
-    """bool [M, N]: may the query see the key?"""
+    """bool: may the query see the key? Both indices have two dimensions, so that either may go down the rows."""
     end = tl.load(ends + k_index, mask=k_index < tokens, other=0)
-    seen = (k_index[None, :] <= q_index[:, None]) & (q_index[:, None] < end[None, :])
+    seen = (k_index <= q_index) & (q_index < end)
     if HAS_WINDOW:
         deep = tl.load(positions + q_index, mask=q_index < tokens, other=0)
         high = tl.load(positions + k_index, mask=k_index < tokens, other=0)
-        seen = seen & (deep[:, None] - high[None, :] < window)
+        seen = seen & (deep - high < window)
     return seen
+
+
+@triton.jit
+def _scores(a, b, scale, softcap, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr):
+    """Scores of rows with rows in units of ln 2, and their slope: the derivative of a score by scale · a·b."""
+    products = _dot(a, tl.trans(b), UPCAST)
+    slope = 1.0
+    if HAS_SOFTCAP:
+        bent = _tanh(products * (scale / softcap))
+        products = bent * (softcap * LOG2E)
+        slope = 1.0 - bent * bent
+    else:
+        products = products * (scale * LOG2E)
+    return products, slope
 
 
 @triton.jit
 def _attend(block, state, query, q_index, k, v, ends, positions, tokens, window, scale, softcap, stride_k, stride_v,
             d, dv, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """One key block into the running (maximum, sum, mixture) of a query block; scores in units of ln 2."""
+    """One key block into the running (maximum, sum, mixture) of a query block."""
     top, total, mixed = state
     k_index = block * BLOCK_N + tl.arange(0, BLOCK_N)
     key = _rows(k, k_index, stride_k, tl.arange(0, BLOCK_D), tokens, d)
-    scores = _dot(query, tl.trans(key), UPCAST) * scale
-    if HAS_SOFTCAP:
-        scores = _tanh(scores / softcap) * softcap
-    scores = scores * LOG2E
+    scores, _ = _scores(query, key, scale, softcap, HAS_SOFTCAP, UPCAST)
     if MASKED:
-        seen = _visible(q_index, k_index, ends, positions, tokens, window, HAS_WINDOW)
+        seen = _visible(q_index[:, None], k_index[None, :], ends, positions, tokens, window, HAS_WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
     now = tl.maximum(top, tl.max(scores, 1))
     # A query that has seen no key yet: any finite maximum gives weights of 0.
@@ -105,7 +119,7 @@ def _attend(block, state, query, q_index, k, v, ends, positions, tokens, window,
     return now, total * keep + tl.sum(weights, 1), mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(q, k, v, out, lse, ends, positions, sinks, full, n_full, partial, n_partial, tokens, window, scale,
                     softcap, stride_qh, stride_q, stride_kh, stride_k, stride_vh, stride_v, stride_oh, stride_o, blocks,
                     d, dv, GROUPS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -116,6 +130,7 @@ def forward_kernel(q, k, v, out, lse, ends, positions, sinks, full, n_full, part
     q_index = m * BLOCK_M + tl.arange(0, BLOCK_M)
     query = _rows(q + head * stride_qh, q_index, stride_q, tl.arange(0, BLOCK_D), tokens, d)
     k, v = k + kv_head * stride_kh, v + kv_head * stride_vh
+    full, partial = full + m.to(tl.int64) * blocks, partial + m.to(tl.int64) * blocks
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
@@ -125,12 +140,12 @@ def forward_kernel(q, k, v, out, lse, ends, positions, sinks, full, n_full, part
     mixed = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for i in range(tl.load(n_full + m)):
         top, total, mixed = _attend(
-            tl.load(full + m * blocks + i), (top, total, mixed), query, q_index, k, v, ends, positions, tokens, window,
+            tl.load(full + i), (top, total, mixed), query, q_index, k, v, ends, positions, tokens, window,
             scale, softcap, stride_k, stride_v, d, dv, False, HAS_WINDOW, HAS_SOFTCAP, UPCAST, BLOCK_N, BLOCK_D,
             BLOCK_DV)  # fmt: skip
     for i in range(tl.load(n_partial + m)):
         top, total, mixed = _attend(
-            tl.load(partial + m * blocks + i), (top, total, mixed), query, q_index, k, v, ends, positions, tokens,
+            tl.load(partial + i), (top, total, mixed), query, q_index, k, v, ends, positions, tokens,
             window, scale, softcap, stride_k, stride_v, d, dv, True, HAS_WINDOW, HAS_SOFTCAP, UPCAST, BLOCK_N, BLOCK_D,
             BLOCK_DV)  # fmt: skip
     _store_rows(out + head * stride_oh, q_index, stride_o, tl.arange(0, BLOCK_DV), tokens, dv, mixed / total[:, None])
@@ -138,19 +153,16 @@ def forward_kernel(q, k, v, out, lse, ends, positions, sinks, full, n_full, part
 
 
 @triton.jit
-def _weights(query, key, q_index, k_index, lse, ends, positions, tokens, window, scale, softcap, MASKED: tl.constexpr,
+def _weights(a, b, q_index, k_index, lse, ends, positions, tokens, window, scale, softcap, MASKED: tl.constexpr,
              HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """[M, N]: probabilities from the log-sum-exp of each query, and the derivative of a score by q·k."""
-    scores = _dot(query, tl.trans(key), UPCAST) * scale
-    slope = tl.zeros_like(scores) + scale
-    if HAS_SOFTCAP:
-        bent = _tanh(scores / softcap)
-        scores = bent * softcap
-        slope = slope * (1.0 - bent * bent)
-    weights = tl.exp2((scores - lse[:, None]) * LOG2E)
+    """Probabilities of queries with keys, or of keys with queries, and the slope of their scores.
+
+    ``lse`` in units of ln 2, it and the indices with two dimensions.
+    """
+    scores, slope = _scores(a, b, scale, softcap, HAS_SOFTCAP, UPCAST)
+    weights = tl.exp2(scores - lse)
     if MASKED:
-        seen = _visible(q_index, k_index, ends, positions, tokens, window, HAS_WINDOW)
-        weights = tl.where(seen, weights, 0.0)
+        weights = tl.where(_visible(q_index, k_index, ends, positions, tokens, window, HAS_WINDOW), weights, 0.0)
     return weights, slope
 
 
@@ -163,13 +175,13 @@ def _query_step(block, dq, query, grad, q_index, lse, delta, k, v, ends, positio
     k_index = block * BLOCK_N + tl.arange(0, BLOCK_N)
     key = _rows(k, k_index, stride_k, tl.arange(0, BLOCK_D), tokens, d)
     value = _rows(v, k_index, stride_v, tl.arange(0, BLOCK_DV), tokens, dv)
-    weights, slope = _weights(query, key, q_index, k_index, lse, ends, positions, tokens, window, scale, softcap,
-                              MASKED, HAS_WINDOW, HAS_SOFTCAP, UPCAST)  # fmt: skip
+    weights, slope = _weights(query, key, q_index[:, None], k_index[None, :], lse[:, None], ends, positions, tokens,
+                              window, scale, softcap, MASKED, HAS_WINDOW, HAS_SOFTCAP, UPCAST)  # fmt: skip
     dscores = weights * (_dot(grad, tl.trans(value), UPCAST) - delta[:, None]) * slope
     return dq + _dot(dscores.to(key.dtype), key, UPCAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def query_gradient_kernel(q, k, v, grad, lse, delta, dq, ends, positions, full, n_full, partial, n_partial, tokens,
                            window, scale, softcap, stride_qh, stride_q, stride_kh, stride_k, stride_vh, stride_v,
                            stride_gh, stride_g, stride_dqh, stride_dq, blocks, d, dv, GROUPS: tl.constexpr,
@@ -182,43 +194,47 @@ def query_gradient_kernel(q, k, v, grad, lse, delta, dq, ends, positions, full, 
     query = _rows(q + head * stride_qh, q_index, stride_q, tl.arange(0, BLOCK_D), tokens, d)
     upstream = _rows(grad + head * stride_gh, q_index, stride_g, tl.arange(0, BLOCK_DV), tokens, dv)
     k, v = k + kv_head * stride_kh, v + kv_head * stride_vh
+    full, partial = full + m.to(tl.int64) * blocks, partial + m.to(tl.int64) * blocks
     row = head * tokens + q_index
     # Where there is no query, weights are 0.
-    row_lse = tl.load(lse + row, mask=q_index < tokens, other=float("inf"))
+    row_lse = tl.load(lse + row, mask=q_index < tokens, other=float("inf")) * LOG2E
     row_delta = tl.load(delta + row, mask=q_index < tokens, other=0.0)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in range(tl.load(n_full + m)):
         total = _query_step(
-            tl.load(full + m * blocks + i), total, query, upstream, q_index, row_lse, row_delta, k, v, ends, positions,
+            tl.load(full + i), total, query, upstream, q_index, row_lse, row_delta, k, v, ends, positions,
             tokens, window, scale, softcap, stride_k, stride_v, d, dv, False, HAS_WINDOW, HAS_SOFTCAP, UPCAST, BLOCK_N,
             BLOCK_D, BLOCK_DV)  # fmt: skip
     for i in range(tl.load(n_partial + m)):
         total = _query_step(
-            tl.load(partial + m * blocks + i), total, query, upstream, q_index, row_lse, row_delta, k, v, ends,
+            tl.load(partial + i), total, query, upstream, q_index, row_lse, row_delta, k, v, ends,
             positions, tokens, window, scale, softcap, stride_k, stride_v, d, dv, True, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
             BLOCK_N, BLOCK_D, BLOCK_DV)  # fmt: skip
-    _store_rows(dq + head * stride_dqh, q_index, stride_dq, tl.arange(0, BLOCK_D), tokens, d, total)
+    _store_rows(dq + head * stride_dqh, q_index, stride_dq, tl.arange(0, BLOCK_D), tokens, d, total * scale)
 
 
 @triton.jit
-def _key_step(m, dk, dv_sum, key, value, k_index, q, grad, lse, delta, ends, positions, tokens, window, scale, softcap,
-              stride_q, stride_g, d, dv, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-              UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+def _key_step(head, m, dk, dv_sum, key, value, k_index, q, grad, lse, delta, ends, positions, tokens, window, scale,
+              softcap, stride_qh, stride_q, stride_gh, stride_g, d, dv, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+              HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK_DV: tl.constexpr):  # fmt: skip
     """What one query block of one head adds to the gradients of a key block."""
     q_index = m * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = _rows(q, q_index, stride_q, tl.arange(0, BLOCK_D), tokens, d)
-    upstream = _rows(grad, q_index, stride_g, tl.arange(0, BLOCK_DV), tokens, dv)
-    row_lse = tl.load(lse + q_index, mask=q_index < tokens, other=float("inf"))
-    row_delta = tl.load(delta + q_index, mask=q_index < tokens, other=0.0)
-    weights, slope = _weights(query, key, q_index, k_index, row_lse, ends, positions, tokens, window, scale, softcap,
-                              MASKED, HAS_WINDOW, HAS_SOFTCAP, UPCAST)  # fmt: skip
-    dv_sum += _dot(tl.trans(weights.to(upstream.dtype)), upstream, UPCAST)
-    dscores = weights * (_dot(upstream, tl.trans(value), UPCAST) - row_delta[:, None]) * slope
-    dk += _dot(tl.trans(dscores.to(query.dtype)), query, UPCAST)
+    query = _rows(q + head * stride_qh, q_index, stride_q, tl.arange(0, BLOCK_D), tokens, d)
+    upstream = _rows(grad + head * stride_gh, q_index, stride_g, tl.arange(0, BLOCK_DV), tokens, dv)
+    row = head * tokens + q_index
+    row_lse = tl.load(lse + row, mask=q_index < tokens, other=float("inf")) * LOG2E
+    row_delta = tl.load(delta + row, mask=q_index < tokens, other=0.0)
+    # Keys go down the rows, so that every product sums into rows of keys and no tile in registers is transposed.
+    weights, slope = _weights(key, query, q_index[None, :], k_index[:, None], row_lse[None, :], ends, positions, tokens,
+                              window, scale, softcap, MASKED, HAS_WINDOW, HAS_SOFTCAP, UPCAST)  # fmt: skip
+    dv_sum += _dot(weights.to(upstream.dtype), upstream, UPCAST)
+    dscores = weights * (_dot(value, tl.trans(upstream), UPCAST) - row_delta[None, :]) * slope
+    dk += _dot(dscores.to(query.dtype), query, UPCAST)
     return dk, dv_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_gradient_kernel(q, k, v, grad, lse, delta, dk, dv_out, ends, positions, tokens, window, scale, softcap,
                          stride_qh, stride_q, stride_kh, stride_k, stride_vh, stride_v, stride_gh, stride_g, stride_dkh,
                          stride_dk, stride_dvh, stride_dv, d, dv, GROUPS: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -239,23 +255,20 @@ def key_gradient_kernel(q, k, v, grad, lse, delta, dk, dv_out, ends, positions, 
     whole_stop = tl.maximum(whole_stop, whole_start)
     dk_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for head in range(kv_head * GROUPS, kv_head * GROUPS + GROUPS):
-        head_q, head_grad = q + head * stride_qh, grad + head * stride_gh
-        head_lse, head_delta = lse + head * tokens, delta + head * tokens
-        for m in range(start, whole_start):
-            dk_sum, dv_sum = _key_step(
-                m, dk_sum, dv_sum, key, value, k_index, head_q, head_grad, head_lse, head_delta, ends, positions,
-                tokens, window, scale, softcap, stride_q, stride_g, d, dv, True, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
-                BLOCK_M, BLOCK_D, BLOCK_DV)  # fmt: skip
-        for m in range(whole_start, whole_stop):
-            dk_sum, dv_sum = _key_step(
-                m, dk_sum, dv_sum, key, value, k_index, head_q, head_grad, head_lse, head_delta, ends, positions,
-                tokens, window, scale, softcap, stride_q, stride_g, d, dv, False, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
-                BLOCK_M, BLOCK_D, BLOCK_DV)  # fmt: skip
-        for m in range(whole_stop, stop):
-            dk_sum, dv_sum = _key_step(
-                m, dk_sum, dv_sum, key, value, k_index, head_q, head_grad, head_lse, head_delta, ends, positions,
-                tokens, window, scale, softcap, stride_q, stride_g, d, dv, True, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
-                BLOCK_M, BLOCK_D, BLOCK_DV)  # fmt: skip
-    _store_rows(dk + kv_head * stride_dkh, k_index, stride_dk, tl.arange(0, BLOCK_D), tokens, d, dk_sum)
+    whole = whole_stop - whole_start
+    partly = stop - start - whole
+    # One loop over all heads of the group: most subtrees are short, and loads run ahead within a loop only.
+    for i in range(GROUPS * whole):
+        dk_sum, dv_sum = _key_step(
+            kv_head * GROUPS + i // whole, whole_start + i % whole, dk_sum, dv_sum, key, value, k_index, q, grad, lse,
+            delta, ends, positions, tokens, window, scale, softcap, stride_qh, stride_q, stride_gh, stride_g, d, dv,
+            False, HAS_WINDOW, HAS_SOFTCAP, UPCAST, BLOCK_M, BLOCK_D, BLOCK_DV)  # fmt: skip
+    for i in range(GROUPS * partly):
+        m = start + i % partly
+        m = tl.where(m < whole_start, m, m + whole)
+        dk_sum, dv_sum = _key_step(
+            kv_head * GROUPS + i // partly, m, dk_sum, dv_sum, key, value, k_index, q, grad, lse, delta, ends,
+            positions, tokens, window, scale, softcap, stride_qh, stride_q, stride_gh, stride_g, d, dv, True,
+            HAS_WINDOW, HAS_SOFTCAP, UPCAST, BLOCK_M, BLOCK_D, BLOCK_DV)  # fmt: skip
+    _store_rows(dk + kv_head * stride_dkh, k_index, stride_dk, tl.arange(0, BLOCK_D), tokens, d, dk_sum * scale)
     _store_rows(dv_out + kv_head * stride_dvh, k_index, stride_dv, tl.arange(0, BLOCK_DV), tokens, dv, dv_sum)

@@ -34,7 +34,7 @@ def warmup(model: nn.Module) -> None:
     vocabulary = lm.config.get_text_config().vocab_size
     first, second = ([i % vocabulary for i in range(start, start + 24)] for start in (0, 16))
     tree = build([first + second, first + first], [24, 24]).to(lm.device)
-    what = f"compiling GPU kernels for a model of type {lm.config.model_type!r}; they are kept for the next time"
+    what = f"preparing a model of type {lm.config.model_type!r}; GPU kernels are compiled and kept for the next time"
     notice = Timer(PATIENCE, print, [f"kpig_fast: {what}"], {"file": sys.stderr, "flush": True})
     notice.daemon = True
     notice.start()
