@@ -186,6 +186,11 @@ def test_a_quantized_head_is_refused(model: PreTrainedModel) -> None:
     refused(model, "is a Int8Head, not one plain weight matrix; leave the head out of .* quantization")
 
 
+def test_a_part_of_a_head_is_refused(model: PreTrainedModel) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight[:40].detach())
+    refused(model, "the head of 'llama' holds 40 of 97 vocabulary entries here.*without tensor parallelism")
+
+
 def test_a_head_that_is_trained_beside_an_adapter_is_proved(model: PreTrainedModel) -> None:
     settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     adapted = get_peft_model(model, settings)

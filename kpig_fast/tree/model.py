@@ -80,6 +80,11 @@ def output_head(model: nn.Module) -> OutputHead:
             "leave the head out of the adapter's target_modules and of quantization"
         )
     config = lm.config.get_text_config()
+    if len(weight) < config.vocab_size:
+        raise UnsupportedModelError(
+            f"the head of {lm.config.model_type!r} holds {len(weight)} of {config.vocab_size} vocabulary entries here: "
+            "the rest is on other processes; load the model without tensor parallelism, or gather the head first"
+        )
     scale = getattr(config, "logit_scale", None) or 1.0
     return OutputHead(
         weight=weight,
