@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer
 
 from kpig_fast.method.gain import gains
@@ -28,8 +28,11 @@ class PackedTrainer(Trainer):
         """Cross-entropy of a pack, as its share of the mean over the optimizer batch."""
         labels = inputs.pop("labels")[:, 1:]
         hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-        logits = model.lm_head(hidden[labels >= 0])
-        return F.cross_entropy(logits, labels[labels >= 0], reduction="sum") / num_items_in_batch
+        return self.cross_entropy(hidden[labels >= 0], model.lm_head, labels[labels >= 0]) / num_items_in_batch
+
+    def cross_entropy(self, hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+        """Sum over response rows [N, D] and their labels [N]."""
+        return F.cross_entropy(head(hidden), labels, reduction="sum")
 
 
 def pack(sequences: Sequence[Features], size: int) -> list[Features]:

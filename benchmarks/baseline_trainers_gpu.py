@@ -1,10 +1,8 @@
 """Fine-tuning on packs with public fused heads, for the GPU benchmark."""
 
-from typing import Any
-
 from baseline_heads_gpu import CrossEntropy, cross_entropies
 from baseline_trainers import PackedTrainer
-from torch import Tensor
+from torch import Tensor, nn
 
 # Those that are worth their compilation in a benchmark of minutes.
 FUSED = "Liger fused linear cross-entropy", "cut-cross-entropy"
@@ -19,16 +17,8 @@ def _trainer(loss: CrossEntropy) -> type[PackedTrainer]:
     class FusedTrainer(PackedTrainer):
         """Fine-tuning on packs; response rows meet the head inside of the fused loss."""
 
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: dict[str, Tensor],
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Tensor:
-            """Cross-entropy of a pack, as its share of the mean over the optimizer batch."""
-            labels = inputs.pop("labels")[:, 1:]
-            hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-            return loss(hidden[labels >= 0], model.lm_head.weight, labels[labels >= 0]) / num_items_in_batch
+        def cross_entropy(self, hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+            """As that of ``PackedTrainer``."""
+            return loss(hidden, head.weight, labels)
 
     return FusedTrainer
