@@ -173,9 +173,17 @@ def test_a_kept_model_is_not_trained_again(finished, small_folder, tmp_path, mon
     shutil.copytree(finished, run)
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(finished), str(run)))
     (step_folder(run, 2) / "COMPLETE").unlink()
+    left = step_folder(run, 2) / "trainer" / "checkpoint-1"
+    left.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(Stream, "_train", lambda *_: pytest.fail("trained again"))
     open_stream(small_folder, run).run()
     assert read_run(run)[-1] == read_run(finished)[-1]
+    assert not left.exists()
+
+
+def test_one_checkpoint_alone_is_refused(small_folder, tmp_path):
+    with pytest.raises(ValueError, match="save_total_limit is 1"):
+        open_stream(small_folder, tmp_path / "run", training={"save_total_limit": 1, "use_cpu": True})
 
 
 def test_a_half_written_checkpoint_is_named_and_passed_over(tmp_path):

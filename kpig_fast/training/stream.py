@@ -140,6 +140,9 @@ class Stream:
             self.model.load_state_dict(kept.state_dict())
         else:
             self._train(step, plan, time.perf_counter() - started)
+        # Also where a crash came between keeping the model and this.
+        (folder / TRAINER_FOLDER / TEACHER_FILE).unlink(missing_ok=True)
+        delete_checkpoints(folder / TRAINER_FOLDER)
         self._evaluate(step, list(plan.chosen), json.loads((folder / TRAINING_FILE).read_text("utf-8")))
 
     def _train(self, step: int, plan: ReplayPlan, plan_seconds: float) -> None:
@@ -173,8 +176,6 @@ class Stream:
         write_lines(folder / LOG_FILE, (json.dumps(entry) for entry in trainer.state.log_history))
         write_lines(folder / TRAINING_FILE, [json.dumps(training, indent=1)])
         self._save_model(folder)
-        (trainer_folder / TEACHER_FILE).unlink(missing_ok=True)
-        delete_checkpoints(trainer_folder)
 
     def say(self, line: str) -> None:
         """Print a line above the progress bars."""
@@ -237,6 +238,11 @@ def training_arguments(config: RunConfig, folder: Path, step: int) -> KPIGConfig
     """The Trainer's arguments for one step, which writes to ``folder``."""
     defaults = {"report_to": "none", "save_total_limit": 2, "dataloader_pin_memory": torch.cuda.is_available()}
     given: dict[str, Any] = {**defaults, **config.training}
+    if given["save_total_limit"] == 1:
+        raise ValueError(
+            "training.save_total_limit is 1: the last whole checkpoint would be deleted before the next one is whole; "
+            "give 2 or more"
+        )
     if not chosen_strategy(config).distils:
         given["lam"] = 0.0
     if "temperature" in config.ablate:
