@@ -1,6 +1,7 @@
 """Predictive entropy of a model's answers, of which replay by entropy (DynaInst) chooses the highest."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from kpig_fast.data.encoding import EncodedPair
 from kpig_fast.ops.reference import logits_reference
+from kpig_fast.processes import whole
 from kpig_fast.scorer import KeyPartScorer
 from kpig_fast.tree.model import OutputHead, causal_lm, output_head
 from kpig_fast.tree.scoring import Branch, Layout, score_branches
@@ -35,6 +37,7 @@ def predictive_entropies(scorer: KeyPartScorer, pairs: Sequence[EncodedPair], *,
     title = "measuring entropy" if progress else None
     scores = score_branches(scorer.model, branches, max_tokens=scorer.max_tokens, layout=Layout(), progress=title)
     device, head = causal_lm(scorer.model).device, output_head(scorer.model)
+    head = replace(head, weight=whole(head.weight), bias=None if head.bias is None else whole(head.bias))
     return [float(_entropy(one.hidden.to(device), head).mean()) for one in scores]
 
 

@@ -170,7 +170,10 @@ def test_prompt_learning_is_refused(model: PreTrainedModel) -> None:
 
 def test_an_adapter_on_the_head_is_refused(model: PreTrainedModel) -> None:
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
-    refused(adapted, "the head of 'llama' is a Linear, not one plain weight matrix; leave the head out of the adapter")
+    refused(
+        adapted,
+        r"the head of 'llama' is a Linear \(an adapter .*\), not one plain weight matrix; leave it out of the adapter",
+    )
 
 
 def test_a_quantized_head_is_refused(model: PreTrainedModel) -> None:
@@ -183,7 +186,7 @@ def test_a_quantized_head_is_refused(model: PreTrainedModel) -> None:
             return hidden @ self.weight.float().t()
 
     model.set_output_embeddings(Int8Head())
-    refused(model, "is a Int8Head, not one plain weight matrix; leave the head out of .* quantization")
+    refused(model, "is a Int8Head .*, not one plain weight matrix; leave it out of .* quantization")
 
 
 def test_a_part_of_a_head_is_refused(model: PreTrainedModel) -> None:

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from kpig_fast.processes import gather, is_sharded, rank, world
 from kpig_fast.tree.model import evaluation_mode
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def generate_answers(
 ) -> list[str]:
     """Answer every prompt greedily; the answers come in the order of the prompts.
 
-    The model's training flags and generation settings are as before afterwards.
+    Several processes, each called with the same prompts, share the work and all get the answers. The model's training
+    flags and generation settings are as before afterwards.
 
     Args:
         model: a Hugging Face causal language model, or one under PEFT.
@@ -49,7 +51,7 @@ def generate_answers(
         ValueError: an empty prompt, one that leaves no room for the answer, or ``max_new_tokens`` below 1.
     """
     names = names or [f"prompt {index}" for index in range(len(prompts))]
-    _check(model, prompts, names, max_new_tokens)
+    check_prompts(model, prompts, names, max_new_tokens)
     ends = _end_ids(model, tokenizer) | set(end_ids)
     # Padding is masked and cut off again, so that any token will do.
     pad = next(i for i in (tokenizer.pad_token_id, *sorted(ends), 0) if isinstance(i, int))
@@ -59,22 +61,25 @@ def generate_answers(
         pad_token_id=pad,
         eos_token_id=sorted(ends) or None,
     )
-    answers = [""] * len(prompts)
+    batches = _share_of_batches(list(_batches(prompts, max_new_tokens, batch_tokens)))
+    answers: dict[int, str] = {}
     with (
         _prepared(model, greedy),
-        tqdm(total=len(prompts), desc="answering", unit="answer", disable=not progress) as bar,
+        tqdm(total=sum(map(len, batches)), desc="answering", unit="answer", disable=not progress) as bar,
     ):
-        for batch in _batches(prompts, max_new_tokens, batch_tokens):
+        for batch in batches:
             ids = _continue(model, [prompts[i] for i in batch], pad)
             for index, text in zip(batch, _texts(tokenizer, ids, ends), strict=True):
                 answers[index] = text.split("\n", 1)[0].rstrip() if stop_at_newline else text
             bar.update(len(batch))
-    return answers
+    everyones = dict(gather(list(answers.items())))
+    return [everyones[i] for i in range(len(prompts))]
 
 
-def _check(
+def check_prompts(
     model: "PreTrainedModel", prompts: Sequence[Sequence[int]], names: Sequence[str], max_new_tokens: int
 ) -> None:
+    """Check that every prompt can be answered; ValueError, as of ``generate_answers``, names the first that cannot."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; an answer needs at least 1")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -104,6 +109,12 @@ def _batches(prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_tokens
         order = order[count:]
 
 
+def _share_of_batches(batches: list[list[int]]) -> list[list[int]]:
+    """What this process answers: as many batches as every other, because a model in pieces is called together."""
+    rounds = range(rank(), len(batches) + -len(batches) % world(), world())
+    return [batches[min(i, len(batches) - 1)] for i in rounds]
+
+
 @contextmanager
 def _prepared(model: "PreTrainedModel", greedy: GenerationConfig) -> Iterator[None]:
     """Evaluation mode and ``greedy`` settings for all of the model, each module's own ones again afterwards."""
@@ -127,7 +138,9 @@ def _continue(model: Any, prompts: list[Sequence[int]], pad: int) -> list[list[i
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     out = model.generate(
-        input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device)
+        input_ids=torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        synced_gpus=is_sharded(model),
     )
     return out[:, width:].tolist()
 

@@ -93,6 +93,12 @@ def build(sequences: Sequence[Sequence[int] | NDArray[np.integer]], response_sta
     return trees[0] if trees else _empty()
 
 
+def filler_tree() -> TokenTree:
+    """One row that serves nothing: for a process without a tree while others, which share the model, have one."""
+    row, index = torch.zeros(1, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
+    return TokenTree(row, row, row + 1, index, index, torch.zeros(1, dtype=torch.int64))
+
+
 def _empty() -> TokenTree:
     row = torch.empty(0, dtype=torch.int32)
     index = torch.empty(0, dtype=torch.int64)

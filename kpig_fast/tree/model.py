@@ -1,8 +1,9 @@
 """Running a Hugging Face causal language model on a token tree, without any code of that model.
 
 Inside ``tree_mode(model)`` the model's attention is the tree's, and its ``forward`` takes a tree and a function of the
-hidden states. Body and head both run inside that forward, so that wrappers which act there (DDP, FSDP, mixed
-precision, PEFT) see everything. Afterwards the model is as it was: it generates and answers as before.
+hidden states, which runs as the forward of the head. So wrappers that act there (DDP, FSDP, mixed precision, PEFT) see
+everything, and a head that lies in pieces on several processes is whole while it is used. Afterwards the model is as it
+was: it generates and answers as before.
 """
 
 from collections.abc import Callable, Iterator
@@ -76,8 +77,9 @@ def output_head(model: nn.Module) -> OutputHead:
     weight = getattr(layer, "weight", None)
     if hasattr(layer, "base_layer") or weight is None or weight.dim() != 2 or not weight.is_floating_point():
         raise UnsupportedModelError(
-            f"the head of {lm.config.model_type!r} is a {type(layer).__name__}, not one plain weight matrix; "
-            "leave the head out of the adapter's target_modules and of quantization"
+            f"the head of {lm.config.model_type!r} is a {type(layer).__name__} (an adapter or a quantized layer), not "
+            "one plain weight matrix; leave it out of the adapter's target_modules and of quantization, or train it "
+            'whole with modules_to_save=["lm_head"]'
         )
     config = lm.config.get_text_config()
     if len(weight) < config.vocab_size:
@@ -120,6 +122,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+            # FSDP leaves the head whole until a backward pass, which does not come; its pieces are the parameters.
+            if hasattr(module, "reshard"):
+                module.reshard()  # type: ignore[operator]
 
 
 @contextmanager
@@ -139,18 +144,33 @@ def tree_mode(model: nn.Module) -> Iterator[None]:
             f"models of type {lm.config.model_type!r} have attention code of their own, which cannot be replaced; "
             "a token tree needs a model that uses transformers' attention interface"
         )
+    head: nn.Module = lm.get_output_embeddings()  # type: ignore[assignment]
+
+    def forward(*_: Any, tree: TokenTree, compute: Callable[[Tensor, OutputHead], Any], **__: Any) -> Any:
+        return head(_hidden_states(lm, tree), compute)
+
+    def head_forward(hidden: Tensor, compute: Callable[[Tensor, OutputHead], Any]) -> Any:
+        return compute(hidden, output_head(lm))
+
     lm.set_attn_implementation(IMPLEMENTATION)
-    own_forward = lm.__dict__.get("forward")
-    lm.forward = lambda *_, tree, compute, **__: compute(_hidden_states(lm, tree), output_head(lm))
     try:
-        with only_rows_read(lm):
+        with only_rows_read(lm), _replaced_forward(lm, forward), _replaced_forward(head, head_forward):
             yield
     finally:
-        # Not del: a wrapper may have taken it away again.
-        vars(lm).pop("forward", None)
-        if own_forward is not None:
-            lm.forward = own_forward
         lm.set_attn_implementation(before)
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        # Not del: a wrapper may have taken it away again.
+        vars(module).pop("forward", None)
+        if own is not None:
+            module.forward = own
 
 
 def run_tree(model: nn.Module, tree: TokenTree, compute: Callable[[Tensor, OutputHead], Result]) -> Result:

@@ -11,7 +11,6 @@ from kpig_fast.tree.model import (
     UnsupportedModelError,
     causal_lm,
     evaluation_mode,
-    output_head,
     run_tree,
     tree_mode,
 )
@@ -40,9 +39,9 @@ def prove(model: nn.Module) -> float:
     tree = build(sequences, [1] * len(sequences)).to(lm.device)
     with evaluation_mode(model):
         apart = torch.cat([_logits_apart(lm, sequences[i]) for i in tree.sequences.tolist()])
-        together = _logits_together(model, tree, kind)
+        together, dtype = _logits_together(model, tree, kind)
     error = float((together - apart).square().mean().sqrt() / apart.std())
-    if not error <= TOLERANCE.get(output_head(model).weight.dtype, HALF_TOLERANCE):
+    if not error <= TOLERANCE.get(dtype, HALF_TOLERANCE):
         raise UnsupportedModelError(
             f"models of type {kind!r} cannot run on a token tree: their logits differ from those of separate "
             f"sequences (relative error {error:.1e}). Some layer mixes tokens outside of transformers' attention "
@@ -64,10 +63,12 @@ def _logits_apart(lm: PreTrainedModel, sequence: list[int]) -> Tensor:
     return lm(input_ids=ids, use_cache=False).logits[0, :-1].double()
 
 
-def _logits_together(model: nn.Module, tree: TokenTree, kind: str) -> Tensor:
-    def logits(hidden: Tensor, head: OutputHead) -> Tensor:
+def _logits_together(model: nn.Module, tree: TokenTree, kind: str) -> tuple[Tensor, torch.dtype]:
+    """The logits, and the dtype they were computed in, which is not always that of the stored weights."""
+
+    def logits(hidden: Tensor, head: OutputHead) -> tuple[Tensor, torch.dtype]:
         rows = hidden[tree.rows].to(head.weight.dtype)
-        return logits_reference(rows, head.weight, head.bias, **head.transform).double()
+        return logits_reference(rows, head.weight, head.bias, **head.transform).double(), head.weight.dtype
 
     try:
         with tree_mode(model):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kpig_fast.ops.response_logprob import response_logprob
-from kpig_fast.tree.layout import TokenTree, pack
+from kpig_fast.processes import gather, is_sharded
+from kpig_fast.tree.layout import TokenTree, filler_tree, pack
 from kpig_fast.tree.model import OutputHead, causal_lm, evaluation_mode, output_head, run_tree, tree_mode
 
 # On a CPU the activations of trees of this size stay in the cache from one layer's operation to the next; that is worth
@@ -57,10 +58,13 @@ def score_branches(
 ) -> list[BranchScores]:
     """Score every branch with ``model`` in evaluation mode and without gradient; the model is left as it was.
 
+    Where the model lies in pieces on several processes, each of them calls this with branches of its own, or none.
+
     Args:
         model: a causal language model that :func:`kpig_fast.tree.proof.prove` has accepted.
         branches: what to score.
-        max_tokens: budget of one tree. When memory runs out, it is halved and the rest goes on.
+        max_tokens: budget of one tree. When memory runs out, it is halved and the rest goes on; not where the model
+            lies in pieces, because the processes would lose step.
         layout: counts the trees and tokens.
         progress: title of a progress bar; None shows none.
 
@@ -68,19 +72,22 @@ def score_branches(
         One result a branch, in order.
     """
     # A tree serves no branch with an empty response.
-    nothing = BranchScores(torch.zeros(0), output_head(model).weight.detach()[:0].cpu())
+    weight = output_head(model).weight
+    nothing = BranchScores(torch.zeros(0), torch.empty(0, weight.shape[1], dtype=weight.dtype))
     results = {i: nothing for i, branch in enumerate(branches) if branch.start == len(branch.ids)}
     bar = tqdm(
         total=len(branches), initial=len(results), desc=progress, unit="branch", leave=None, disable=progress is None
     )
     with bar, evaluation_mode(model), tree_mode(model):
-        while todo := [i for i in range(len(branches)) if i not in results]:
+        while True:
+            todo = [i for i in range(len(branches)) if i not in results]
             try:
                 for index, scores in _run(model, branches, todo, max_tokens, layout):
                     results[index] = scores
                     bar.update()
+                break
             except torch.OutOfMemoryError:
-                if max_tokens <= 1:
+                if max_tokens <= 1 or is_sharded(model):
                     raise
                 max_tokens //= 2
     return [results[i] for i in range(len(branches))]
@@ -93,11 +100,15 @@ def _run(
     # A response token that nobody asks for needs no row.
     ends = [None if branches[i].keeps_hidden else branches[i].start + branches[i].scored for i in todo]
     sequences = [branches[i].ids[:end] for i, end in zip(todo, ends)]
-    for tree in _pack(sequences, [branches[i].start for i in todo], max_tokens, device):
+    trees = _pack(sequences, [branches[i].start for i in todo], max_tokens, device)
+    missing = max(gather([len(trees)])) - len(trees) if is_sharded(model) else 0
+    for tree in trees:
         served = [todo[int(s)] for s in tree.sequences]
         yield from zip(served, _score_tree(model, tree, [branches[i] for i in served], device))
         layout.trees += 1
         layout.tokens += len(tree)
+    for _ in range(missing):
+        run_tree(model, filler_tree().to(device), lambda *_: ())
 
 
 def _pack(
