@@ -39,7 +39,7 @@ def test_every_step_is_kept_whole(finished):
     files = {path.name for path in step_folder(finished, 2).iterdir()}
     assert {"plan.json", "model", "metrics.json", "predictions.jsonl", "COMPLETE"} <= files
     assert not list(finished.rglob("*.partial"))
-    assert not list(finished.rglob("teacher.safetensors"))
+    assert not list(finished.rglob("teacher"))
     assert json.loads((finished / "environment.json").read_text())["packages"]["torch"]
 
 

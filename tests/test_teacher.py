@@ -1,29 +1,22 @@
-"""What is kept of the frozen model: the same gains and hidden states again, and nothing that is not its own."""
+"""What is kept of the frozen model, by one process or by several: its gains, hidden states and head, and no others."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from evaluation_models import byte_tokenizer
 from families import make_model
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from hypothesis import given
+from hypothesis import strategies as st
+from teacher_cases import FIVE_PARTS, INSTANCES, OFFSETS, TOKENIZER, every_row, make_scorer, names
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 
-from kpig_fast import Instance, KeyPartScorer
+from kpig_fast import EncodedPair, Instance, KeyPartScorer
+from kpig_fast import teacher as module
 from kpig_fast.teacher import Teacher, make_teacher, model_hash
-
-TOKENIZER = byte_tokenizer()
-INSTANCES = [
-    Instance("Answer yes or no.", "yes", "Is 4 even?", ("yes or no",)),
-    Instance("Answer yes or no.", "no, never", "Is 7 even?", ("yes or no",)),
-    Instance("Say hello.", "hello"),
-]
-
-
-def make_scorer(family: str = "llama", **options: float) -> KeyPartScorer:
-    return KeyPartScorer(make_model(family, vocab_size=len(TOKENIZER)), TOKENIZER, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -32,182 +25,158 @@ def scorer() -> KeyPartScorer:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "teacher.safetensors"
+def pairs(scorer: KeyPartScorer) -> list[EncodedPair]:
+    return scorer.encoder.encode_all(INSTANCES)
 
 
-def test_round_trip(scorer: KeyPartScorer, path: Path) -> None:
-    pairs = scorer.encoder.encode_all(INSTANCES)
-    made = make_teacher(path, scorer, pairs)
+# What is kept
+
+
+def test_gains_and_hidden_states_are_the_scorers(scorer: KeyPartScorer, pairs: list, tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path, scorer, pairs)
     scores = scorer.score_pairs(pairs, keep_hidden=True)
-    for teacher in (made, Teacher(path)):
-        assert teacher.gain.dtype == torch.float64
-        assert torch.equal(teacher.gain, scores.gain)
-        assert teacher.offsets.tolist() == [0, 5, 16, 23]
-        for i, hidden in enumerate(scores.hidden):
-            rows = torch.arange(int(teacher.offsets[i]), int(teacher.offsets[i + 1]))
-            assert torch.equal(teacher.hidden(rows), hidden)
-    assert float(made.gain[2]) == 0.0
-    assert float(made.gain[:2].abs().min()) > 0
+    assert teacher.gain.dtype == torch.float64
+    assert torch.equal(teacher.gain, scores.gain)
+    assert float(teacher.gain[2]) == 0.0
+    assert float(teacher.gain[:2].abs().min()) > 0
+    assert teacher.offsets.tolist() == OFFSETS
+    assert torch.equal(every_row(teacher), torch.cat(scores.hidden))
+    assert names(tmp_path) == ["head", "part-0"]
 
 
-def test_rows_in_any_order(scorer: KeyPartScorer, path: Path) -> None:
-    teacher = make_teacher(path, scorer, scorer.encoder.encode_all(INSTANCES))
-    every = teacher.hidden(torch.arange(23))
-    rows = torch.tensor([22, 3, 3, 0, 17])
-    assert torch.equal(teacher.hidden(rows), every[rows])
-    assert teacher.hidden(torch.tensor([], dtype=torch.int64)).shape == (0, 32)
+def test_parts_are_one_teacher(
+    scorer: KeyPartScorer, pairs: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PART_ROWS", FIVE_PARTS)
+    teacher = make_teacher(tmp_path, scorer, pairs)
+    assert names(tmp_path) == ["head", "part-0", "part-1", "part-3"]
+    scores = scorer.score_pairs(pairs, keep_hidden=True)
+    torch.testing.assert_close(teacher.gain, scores.gain, rtol=0, atol=1e-6)
+    torch.testing.assert_close(every_row(teacher), torch.cat(scores.hidden), rtol=1e-4, atol=1e-5)
 
 
-def test_hidden_states_and_head_give_the_old_distributions(scorer: KeyPartScorer, path: Path) -> None:
-    pairs = scorer.encoder.encode_all(INSTANCES)
-    teacher = make_teacher(path, scorer, pairs)
+def test_hidden_states_and_head_give_the_old_distributions(scorer: KeyPartScorer, pairs: list, tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path, scorer, pairs)
     with torch.no_grad():
         old = [scorer.model(input_ids=torch.tensor([[*p.masked_ids, *p.response_ids]])).logits[0] for p in pairs]
         scorer.model.lm_head.weight.add_(1)  # type: ignore[union-attr]
     assert teacher.weight is not None
-    found = teacher.hidden(torch.arange(23)) @ teacher.weight.T
     exact = torch.cat([logits[len(p.masked_ids) - 1 : -1] for logits, p in zip(old, pairs)])
-    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(every_row(teacher) @ teacher.weight.T, exact, rtol=1e-4, atol=1e-5)
 
 
-def test_an_empty_response_has_no_rows(path: Path) -> None:
-    model = make_model("llama", vocab_size=len(TOKENIZER))
-    scorer = KeyPartScorer(model, TOKENIZER, end_of_sequence=False)
+@given(st.data())
+def test_rows_in_any_order_from_any_parts(data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5))
+    whole = torch.randn(sum(lengths), 3)
+    teacher = Teacher(torch.zeros(0), torch.zeros(1), whole.split(lengths))
+    rows = data.draw(st.lists(st.integers(0, sum(lengths) - 1), max_size=9) if sum(lengths) else st.just([]))
+    assert torch.equal(teacher.hidden(torch.tensor(rows, dtype=torch.int64)), whole[rows])
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 40), st.integers(1, 4))
+def test_parts_are_balanced_and_in_order(lengths: list[int], most: int, processes: int) -> None:
+    pairs = [EncodedPair([1], [1], [i] * length) for i, length in enumerate(lengths)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PART_ROWS", most)
+        patch.setattr(module, "world", lambda: processes)
+        parts = module._cut(pairs, torch.tensor([0, *lengths]).cumsum(0))
+    assert [pair for part in parts for pair in part] == pairs
+    assert len(parts) % processes == 0
+    share = min(most, sum(lengths) / processes)
+    assert all(sum(len(pair.response_ids) for pair in part) < share + max(1, *lengths) for part in parts)
+    # No more rounds than the rows need.
+    assert (len(parts) // processes - 1) * most * processes < max(sum(lengths), 1)
+
+
+def test_an_empty_response_has_no_rows(tmp_path: Path) -> None:
+    scorer = KeyPartScorer(make_model("llama", vocab_size=len(TOKENIZER)), TOKENIZER, end_of_sequence=False)
     pairs = scorer.encoder.encode_all([INSTANCES[0], Instance("Say nothing.", ""), INSTANCES[1]])
-    teacher = make_teacher(path, scorer, pairs)
+    teacher = make_teacher(tmp_path, scorer, pairs)
     assert teacher.offsets.tolist() == [0, 4, 4, 14]
     assert float(teacher.gain[1]) == 0.0
+    nothing = make_teacher(tmp_path, scorer, pairs[1:2])
+    assert every_row(nothing).shape == (0, 32)
+    assert scorer.score_pairs([], keep_hidden=True).hidden == []
 
 
 @pytest.mark.parametrize(
     ("trained", "kept"),
     [(["weight", "bias"], ["weight", "bias"]), (["weight"], ["weight"]), (["bias"], ["bias"]), ([], [])],
 )
-def test_only_what_is_trained_of_the_head_is_kept(path: Path, trained: list[str], kept: list[str]) -> None:
+def test_only_what_is_trained_of_the_head_is_kept(tmp_path: Path, trained: list[str], kept: list[str]) -> None:
     scorer = make_scorer("phi")
     for name in ("weight", "bias"):
         getattr(scorer.model.lm_head, name).requires_grad_(name in trained)
-    teacher = make_teacher(path, scorer, scorer.encoder.encode_all(INSTANCES))
+    teacher = make_teacher(tmp_path, scorer, scorer.encoder.encode_all(INSTANCES))
     assert [name for name in ("weight", "bias") if getattr(teacher, name) is not None] == kept
+    assert names(tmp_path) == (["head", "part-0"] if kept else ["part-0"])
     for name in kept:
         assert torch.equal(getattr(teacher, name), getattr(scorer.model.lm_head, name))
         assert not getattr(teacher, name).requires_grad
 
 
-def test_an_adapter_leaves_the_head_out(path: Path) -> None:
-    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(make_model("llama", vocab_size=len(TOKENIZER)), settings)
-    scorer = KeyPartScorer(model, TOKENIZER)
-    teacher = make_teacher(path, scorer, scorer.encoder.encode_all(INSTANCES))
-    assert teacher.weight is None
-
-
-def test_half_precision_stays_half(path: Path) -> None:
+def test_half_precision_stays_half(tmp_path: Path) -> None:
     model = make_model("llama", vocab_size=len(TOKENIZER), dtype=torch.bfloat16)
     scorer = KeyPartScorer(model, TOKENIZER)
-    teacher = make_teacher(path, scorer, scorer.encoder.encode_all(INSTANCES))
-    assert teacher.hidden(torch.arange(4)).dtype == torch.bfloat16
-    assert teacher.weight is not None
-    assert torch.equal(teacher.weight, model.lm_head.weight)  # type: ignore[union-attr]
-
-
-def test_hidden_states_are_mapped_from_the_file(scorer: KeyPartScorer, path: Path) -> None:
-    teacher = make_teacher(path, scorer, scorer.encoder.encode_all(INSTANCES))
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("this system does not list its mappings")
-    address = teacher._hidden.data_ptr()
-    for line in maps.read_text().splitlines():
-        first, last = (int(end, 16) for end in line.split()[0].split("-"))
-        if first <= address < last:
-            assert line.endswith(str(path))
-            return
-    pytest.fail("the hidden states lie in no mapping")
-
-
-# An equal file is used again, another one never
-
-
-def test_an_equal_file_is_used_again(scorer: KeyPartScorer, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = scorer.encoder.encode_all(INSTANCES)
-    made = make_teacher(path, scorer, pairs)
-    written = path.stat().st_mtime_ns
-    monkeypatch.setattr(KeyPartScorer, "score_pairs", lambda *_, **__: pytest.fail("scored again"))
-    again = make_teacher(path, scorer, pairs)
-    assert torch.equal(again.gain, made.gain)
-    assert path.stat().st_mtime_ns == written
-    # A new scorer of an equal model is the same teacher; how trees are cut does not matter.
-    assert torch.equal(make_teacher(path, make_scorer(max_tokens=50), pairs).gain, made.gain)
+    teacher, asked = make_teacher(tmp_path, scorer, pairs), make_teacher(tmp_path, scorer, pairs, dtype=torch.bfloat16)
+    assert every_row(teacher).dtype == torch.bfloat16
+    assert torch.equal(teacher.weight, model.lm_head.weight)  # type: ignore[arg-type]
+    # Asking for what the model computes anyway changes nothing.
+    assert torch.equal(every_row(asked), every_row(teacher))
 
 
-def test_another_model_other_data_or_another_measure_is_refused(scorer: KeyPartScorer, path: Path) -> None:
+# Several processes
+
+
+def work(rank: int, folder: Path) -> None:
+    """One of two processes; what it has seen goes into ``folder / rank``."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    scorer = make_scorer()
     pairs = scorer.encoder.encode_all(INSTANCES)
-    make_teacher(path, scorer, pairs)
-    message = "belongs to another model or other data; delete it to make it again"
-    with pytest.raises(ValueError, match=message):
-        make_teacher(path, scorer, pairs[:2])
-    with pytest.raises(ValueError, match=message):
-        make_teacher(path, scorer, pairs[::-1])
-    with pytest.raises(ValueError, match=message):
-        make_teacher(path, make_scorer(alpha=0.6), pairs)
-    with pytest.raises(ValueError, match=message):
-        make_teacher(path, make_scorer(tail_tol=0.1), pairs)
-    with torch.no_grad():
-        scorer.model.model.norm.weight[3] += 1e-3  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=message):
-        make_teacher(path, scorer, pairs)
-    with pytest.raises(ValueError, match=message):
-        Teacher(path, key="another")
+    scored: list[int] = []
+    own = KeyPartScorer.score_pairs
+
+    def counted(self: KeyPartScorer, some: list[EncodedPair], **options: bool) -> object:
+        scored.append(len(some))
+        return own(self, some, **options)
+
+    KeyPartScorer.score_pairs = counted  # type: ignore[method-assign]
+    teacher = make_teacher(folder / "shared", scorer, pairs)
+    seen = {"hash": model_hash(scorer.model), "gain": teacher.gain.tolist(), "hidden": every_row(teacher).tolist()}
+    try:
+        make_teacher(folder / f"apart-{rank}", scorer, pairs)
+    except ValueError as error:
+        seen["error"] = str(error)
+    before = model_hash(scorer.model)
+    fully_shard(scorer.model, mesh=init_device_mesh("cpu", (2,)))
+    sharded = make_teacher(folder / "sharded", scorer, pairs)
+    assert sharded.weight is not None
+    seen |= {"sharded": every_row(sharded).tolist(), "weight": sharded.weight.tolist(), "scored": scored}
+    seen["same hash"] = model_hash(scorer.model) == before
+    (folder / str(rank)).write_text(json.dumps(seen), "utf-8")
+    torch.distributed.destroy_process_group()
 
 
-def test_nothing_half_written_is_ever_read(scorer: KeyPartScorer, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = scorer.encoder.encode_all(INSTANCES)
-
-    def interrupted(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
-        save_file(tensors, target, metadata)
-        target.write_bytes(target.read_bytes()[:100])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("kpig_fast.teacher.save_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make_teacher(path, scorer, pairs)
-    monkeypatch.undo()
-    assert not path.exists()
-    make_teacher(path, scorer, pairs)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-# Files that are no teacher
-
-
-@pytest.mark.parametrize("where", [-1, -500])
-def test_a_changed_byte_is_noticed(scorer: KeyPartScorer, path: Path, where: int) -> None:
-    make_teacher(path, scorer, scorer.encoder.encode_all(INSTANCES))
-    data = bytearray(path.read_bytes())
-    data[where] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"is damaged \(checksum differs\); delete it to make it again"):
-        Teacher(path)
-
-
-@pytest.mark.parametrize("size", [0, 7, 60, -1])
-def test_a_cut_file_is_noticed(scorer: KeyPartScorer, path: Path, size: int) -> None:
-    make_teacher(path, scorer, scorer.encoder.encode_all(INSTANCES))
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"cannot be read as a teacher \(.+\); delete it to make it again"):
-        Teacher(path)
-
-
-def test_what_is_no_teacher_is_refused(path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be read as a teacher"):
-        Teacher(path)
-    path.write_text(json.dumps({"gain": [1, 2]}))
-    with pytest.raises(ValueError, match="cannot be read as a teacher"):
-        Teacher(path)
-    save_file({"hidden": torch.zeros(2, 2)}, path)
-    with pytest.raises(ValueError, match="is no teacher of this version; delete it to make it again"):
-        Teacher(path)
+@pytest.mark.slow
+def test_processes_share_the_work_and_the_files(scorer: KeyPartScorer, pairs: list, tmp_path: Path) -> None:
+    spawn(work, (tmp_path,), nprocs=2)
+    first, second = (json.loads((tmp_path / str(rank)).read_text("utf-8")) for rank in range(2))
+    alone = make_teacher(tmp_path / "alone", scorer, pairs)
+    for seen in (first, second):
+        assert seen["hash"] == model_hash(scorer.model)
+        assert seen["same hash"]
+        torch.testing.assert_close(torch.tensor(seen["gain"]).double(), alone.gain, rtol=0, atol=1e-6)
+        for name in ("hidden", "sharded"):
+            torch.testing.assert_close(torch.tensor(seen[name]), every_row(alone), rtol=1e-4, atol=1e-5)
+        assert torch.equal(torch.tensor(seen["weight"]), scorer.model.lm_head.weight)  # type: ignore[union-attr]
+        assert "output_dir must be a folder that all machines share" in seen["error"]
+    assert (first["scored"], second["scored"]) == ([2, 2, 2], [1, 1, 1])
+    for folder in ("shared", "sharded"):
+        assert names(tmp_path / folder) == ["head", "part-0", "part-1"]
+    assert names(tmp_path / "apart-0") == ["head", "part-0"]
+    assert names(tmp_path / "apart-1") == ["part-1"]
 
 
 # Names of models

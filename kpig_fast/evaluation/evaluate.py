@@ -79,27 +79,47 @@ def evaluate(
     # Scoring stored answers needs no torch.
     from kpig_fast.evaluation.generation import generate_answers
 
-    chosen = collection if tasks is None else collection.select(tasks)
-    asked = [(task, row) for task in chosen.tasks.values() for row in _rows(chosen, task, split, limit)]
-    prompts = [_prompt(encoder, task, row, demonstrations) for task, row in asked]
+    asked, prompts = _questions(collection, encoder, tasks, split, limit, demonstrations)
     answers = generate_answers(
         model,
         tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,
         batch_tokens=batch_tokens,
-        names=[f"row {row.id!r} of task {row.task!r}" for _, row in asked],
+        names=[_name(row) for row in asked],
         end_ids=() if encoder.end_id is None else (encoder.end_id,),
         stop_at_newline=stop_at_newline,
         progress=progress,
     )
     predictions = [
         Prediction(row.task, row.id, text, row.context, answer, row.outputs)
-        for (_, row), text, answer in zip(asked, tokenizer.batch_decode(prompts), answers, strict=True)
+        for row, text, answer in zip(asked, tokenizer.batch_decode(prompts), answers, strict=True)
     ]
     if predictions_path is not None:
         write_predictions(predictions, predictions_path)
     return score_predictions(predictions, collection)
+
+
+def check_questions(
+    model: "PreTrainedModel",
+    collection: TaskCollection,
+    *,
+    encoder: "PromptEncoder",
+    tasks: Sequence[str],
+    split: Split,
+    limit: int | None,
+    max_new_tokens: int,
+    demonstrations: int,
+) -> None:
+    """Check that ``evaluate`` with the same arguments can ask every question, before hours are spent on training.
+
+    Raises:
+        ValueError: what ``evaluate`` would raise.
+    """
+    from kpig_fast.evaluation.generation import check_prompts
+
+    asked, prompts = _questions(collection, encoder, tasks, split, limit, demonstrations)
+    check_prompts(model, prompts, [_name(row) for row in asked], max_new_tokens)
 
 
 def score_predictions(predictions: Iterable[Prediction], collection: TaskCollection) -> EvaluationResult:
@@ -130,6 +150,24 @@ def read_predictions(path: Path) -> list[Prediction]:
             except ValidationError as error:
                 raise ValueError(f"{path}:{number}: no prediction: {error}") from error
     return predictions
+
+
+def _questions(
+    collection: TaskCollection,
+    encoder: "PromptEncoder",
+    tasks: Sequence[str] | None,
+    split: Split,
+    limit: int | None,
+    demonstrations: int,
+) -> tuple[list[Row], list[list[int]]]:
+    """The rows to ask, and the prompt of each."""
+    chosen = collection if tasks is None else collection.select(tasks)
+    asked = [(task, row) for task in chosen.tasks.values() for row in _rows(chosen, task, split, limit)]
+    return [row for _, row in asked], [_prompt(encoder, task, row, demonstrations) for task, row in asked]
+
+
+def _name(row: Row) -> str:
+    return f"row {row.id!r} of task {row.task!r}"
 
 
 def _rows(collection: TaskCollection, task: Task, split: Split, limit: int | None) -> list[Row]:

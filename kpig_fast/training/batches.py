@@ -1,8 +1,9 @@
-"""From encoded instances to forests: the sampler that keeps instructions together, and the collator.
+"""From encoded instances to forests: the sampler that makes micro-batches, and the collator that lays them out.
 
 Both branches of an instance stand on their own (the loss is a sum), so a micro-batch is packed freely into token trees.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kpig_fast.data.encoding import EncodedPair
-from kpig_fast.tree.layout import TokenTree, pack
+from kpig_fast.training.balance import balanced_bins
+from kpig_fast.tree.layout import TokenTree, filler_tree, pack
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,11 @@ class TrainingExample:
 
     Args:
         pair: its token ids.
-        group: instances of one instruction have the same number.
         temperature: beta of its divergence.
         teacher_row: where its masked response starts among the teacher's hidden states.
     """
 
     pair: EncodedPair
-    group: int
     temperature: float = 1.0
     teacher_row: int = 0
 
@@ -67,16 +68,32 @@ class ForestCollator:
         self.masked = masked
 
     def __call__(self, examples: Sequence[TrainingExample]) -> dict[str, Any]:
-        """``forests``: list of :class:`Forest`; ``n_items``: response tokens of the complete instances."""
+        """Lay out ``examples``, of which there may be none.
+
+        Returns:
+            ``forests``: list of :class:`Forest`. As int64 scalars: ``n_items``, response tokens of the complete
+            instances; ``n_tokens``, their prompts included, as plain fine-tuning without padding reads them;
+            ``n_instances``. To lay them out again with a smaller budget: ``examples`` and ``max_tokens``.
+        """
         complete = [[*e.pair.complete_ids, *e.pair.response_ids] for e in examples]
         masked = [[*e.pair.masked_ids, *e.pair.response_ids] for e in examples] if self.masked else []
         starts = [len(e.pair.complete_ids) for e in examples]
         starts += [len(e.pair.masked_ids) for e in examples] if self.masked else []
+        n_items = sum(len(e.pair.response_ids) for e in examples)
         trees = pack([*complete, *masked], starts, max_tokens=self.max_tokens)
         return {
             "forests": [_forest(tree, examples) for tree in trees],
-            "n_items": torch.tensor(sum(len(e.pair.response_ids) for e in examples)),
+            "n_items": torch.tensor(n_items),
+            "n_tokens": torch.tensor(n_items + sum(len(e.pair.complete_ids) for e in examples)),
+            "n_instances": torch.tensor(len(examples)),
+            "examples": examples,
+            "max_tokens": self.max_tokens,
         }
+
+
+def filler_forest() -> Forest:
+    """A forest whose loss is 0, with zero gradients: for a process that has fewer forests than the others."""
+    return _forest(filler_tree(), [])
 
 
 def _forest(tree: TokenTree, examples: Sequence[TrainingExample]) -> Forest:
@@ -103,21 +120,41 @@ def _forest(tree: TokenTree, examples: Sequence[TrainingExample]) -> Forest:
     )
 
 
-class GroupedSampler(Sampler[int]):
-    """A seeded shuffle in which the instances of one instruction stand together inside each optimizer batch.
+class BalancedBatches(Sampler[list[int]]):
+    """The micro-batches of one process: lists of instance indices whose token trees have nearly the same size.
 
-    Which instances form an optimizer batch is decided by the shuffle alone; only their order inside it is by group.
+    Which instances form an optimizer batch is decided by a seeded shuffle alone, so any cut of the same number of
+    instances into micro-batches and processes trains the same. The last optimizer batch of an epoch holds the rest in
+    as few micro-batches as it needs; a micro-batch is empty only where there are fewer instances than micro-batches.
 
     Args:
-        groups: group of every instance.
-        batch: instances of one optimizer batch, over all micro-batches and ranks.
+        pairs: token ids of every instance.
+        micro_batch: instances of a micro-batch, on average.
+        accumulation: micro-batches of an optimizer batch on each process.
+        processes: number of processes.
+        rank: which of them this is, from 0.
         seed: together with the epoch, seeds the shuffle.
+        masked: the trees hold the masked branch too.
     """
 
-    def __init__(self, groups: Sequence[int], batch: int, seed: int) -> None:
-        self.groups = np.asarray(groups)
-        self.batch = batch
+    def __init__(
+        self,
+        pairs: Sequence[EncodedPair],
+        *,
+        micro_batch: int,
+        accumulation: int,
+        processes: int,
+        rank: int,
+        seed: int,
+        masked: bool,
+    ) -> None:
+        self.pairs = pairs
+        self.abreast = micro_batch * processes
+        self.accumulation = accumulation
+        self.processes = processes
+        self.rank = rank
         self.seed = seed
+        self.masked = masked
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -125,10 +162,28 @@ class GroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.groups)
+        """Micro-batches of an epoch, the same on every process."""
+        return math.ceil(len(self.pairs) / self.abreast)
 
-    def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.groups))
-        for start in range(0, len(order), self.batch):
-            part = order[start : start + self.batch]
-            yield from part[np.argsort(self.groups[part], kind="stable")].tolist()
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.pairs)).tolist()
+        batch = self.abreast * self.accumulation
+        for start in range(0, len(order), batch):
+            yield from self._micro_batches(order[start : start + batch])
+
+    def _micro_batches(self, members: list[int]) -> Iterator[list[int]]:
+        steps = math.ceil(len(members) / self.abreast)
+        bins = balanced_bins([self.pairs[i] for i in members], steps * self.processes, masked=self.masked)
+        for step in range(steps):
+            # Bins come by size: those of one step are alike, and who has its largest has the next one's smallest.
+            place = self.rank if step % 2 == 0 else self.processes - 1 - self.rank
+            yield [members[i] for i in bins[step * self.processes + place]]
+
+
+class ShuffleByEpoch(TrainerCallback):
+    """Tells the batches their epoch; not every release of transformers does, behind a resumption."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["train_dataloader"].batch_sampler.set_epoch(int(state.epoch or 0))

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kpig_fast.evaluation.runs import is_complete, mark_complete
+from kpig_fast.processes import wait
 
 
 class StepKeeper(TrainerCallback):
@@ -23,13 +24,16 @@ class StepKeeper(TrainerCallback):
     """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        ends = state.global_step >= state.max_steps
-        control.should_save = control.should_save and not ends
+        ends = state.global_step >= state.max_steps or control.should_training_stop
+        # The best of all checkpoints may be this one.
+        control.should_save = control.should_save and (not ends or bool(args.load_best_model_at_end))
         control.should_log = control.should_log or control.should_save or ends
 
     on_epoch_end = on_step_end
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Every process has written its part.
+        wait()
         if state.is_world_process_zero:
             mark_complete(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 

@@ -65,7 +65,7 @@ def fisher_information(
     with evaluation_mode(model), tree_mode(model), torch.enable_grad():
         for pair in tqdm(pairs, desc="Fisher information", unit="instance", leave=None, disable=not progress):
             model.zero_grad()
-            for forest in collate([TrainingExample(pair, 0)])["forests"]:
+            for forest in collate([TrainingExample(pair)])["forests"]:
                 forest = forest.to(causal_lm(model).device)
 
                 def log_prob(hidden: Tensor, head: OutputHead, forest: Forest = forest) -> Tensor:

@@ -19,6 +19,7 @@ from kpig_fast.data.schema import Instance, PoolInstruction, Row, TaskCollection
 from kpig_fast.entropy import predictive_entropies
 from kpig_fast.evaluation.runs import PLAN_FILE, step_folder
 from kpig_fast.method.replay import Draw, ReplayPlan, assign_instructions, draw
+from kpig_fast.processes import gather, is_sharded, rank, share, wait
 from kpig_fast.scorer import KeyPartScorer
 from kpig_fast.teacher import model_hash
 from kpig_fast.training.embedding import embed, load_embedder
@@ -54,6 +55,18 @@ def make_steps(collection: TaskCollection, config: RunConfig) -> list[list[str]]
     if empty:
         raise ValueError(f"task {empty[0]!r} is in the stream but has no training rows; add rows or leave it out")
     return [[name for step in steps for name in step]] if STRATEGIES[config.strategy].joint else steps
+
+
+def check_launch(config: RunConfig, model: nn.Module) -> None:
+    """Check that the strategy works where the model lies; ValueError where it does not."""
+    if not is_sharded(model):
+        return
+    if STRATEGIES[config.strategy].penalty == "fisher":
+        raise ValueError(
+            f"strategy {config.strategy!r} needs whole gradients, which FSDP does not keep; launch with DDP"
+        )
+    if config.strategy == "inscl" and config.inscl.embedder is None:
+        raise ValueError("strategy 'inscl' cannot embed with a model that FSDP has sharded; name one in inscl.embedder")
 
 
 def chosen_strategy(config: RunConfig) -> Strategy:
@@ -92,8 +105,18 @@ class Planner:
     def plan(self, step: int) -> ReplayPlan:
         """The plan of a step: read where it was written, else made with M_{t-1} and written."""
         path = step_folder(self.config.output_dir, step) / PLAN_FILE
-        if path.exists():
+        is_written = path.exists()
+        # All processes have looked before one writes.
+        wait()
+        if is_written:
             return ReplayPlan.from_json(path.read_text("utf-8"))
+        plan = self._make_plan(step)
+        if rank() == 0:
+            write_lines(path, [plan.to_json().rstrip("\n")])
+        wait()
+        return plan
+
+    def _make_plan(self, step: int) -> ReplayPlan:
         settings = self.config.replay
         request = PlanRequest(
             step=step,
@@ -110,9 +133,7 @@ class Planner:
             entropies=lambda drawn: self._entropies([self._instance(one) for one in drawn]),
             embed=self._embed,
         )
-        plan = self.strategy.plan(request)
-        write_lines(path, [plan.to_json().rstrip("\n")])
-        return plan
+        return self.strategy.plan(request)
 
     def instances(self, step: int, plan: ReplayPlan) -> list[Instance]:
         """What a step trains: the rows of its tasks, each with a random wording, and what the plan replays."""
@@ -123,9 +144,24 @@ class Planner:
             instances += [self._instance(Draw(name, row, wording)) for row, wording in zip(ids, wordings)]
         return instances + [self._instance(one) for one in plan.replayed]
 
+    def validation(self, step: int) -> list[Instance]:
+        """The validation rows of a step's tasks, with the first wording.
+
+        Raises:
+            ValueError: there are none.
+        """
+        rows = [row for name in self.steps[step] for row in self.collection.of_task(name, "validation")]
+        if not rows:
+            raise ValueError(
+                f"training.eval_strategy asks for validation rows, but {', '.join(self.steps[step])} has none; "
+                "add rows with split validation, or remove it"
+            )
+        return [make_instance(self.collection.tasks[row.task], row) for row in rows]
+
     def gains(self, instances: Sequence[Instance]) -> list[float]:
-        """Information gain of every instance with the model as it is now."""
-        return self.scorer.score(instances, progress=self.progress and bool(instances)).gain.tolist()
+        """Information gain of every instance with the model as it is now; several processes share the work."""
+        scores = self.scorer.score(share(instances), progress=self.progress and bool(instances))
+        return gather(scores.gain.tolist())
 
     def penalty(self, step: int) -> QuadraticPenalty | None:
         """What leaving M_{t-1} costs; the first step has nothing to forget."""
@@ -176,8 +212,8 @@ class Planner:
         return {name: {row.id: row for row in of_task} for name, of_task in rows.items()}
 
     def _entropies(self, instances: Sequence[Instance]) -> list[float]:
-        pairs = self.scorer.encoder.encode_all(instances)
-        return predictive_entropies(self.scorer, pairs, progress=self.progress and bool(pairs))
+        pairs = self.scorer.encoder.encode_all(share(instances))
+        return gather(predictive_entropies(self.scorer, pairs, progress=self.progress and bool(pairs)))
 
     def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         return embed(texts, *self._embedder)

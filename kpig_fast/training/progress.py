@@ -5,9 +5,11 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+_SHOWN = {"loss": "loss", "cross_entropy": "ce", "jsd": "jsd", "tokens_per_second": "tokens/s"}
+
 
 class StepProgress(TrainerCallback):
-    """A bar with the last logged loss, cross-entropy and divergence; shown on the main process only."""
+    """A bar with the time left, and the last logged losses and throughput; shown on the main process only."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -31,7 +33,7 @@ class StepProgress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        shown = {name: f"{logs[name]:.3g}" for name in ("loss", "cross_entropy", "jsd") if logs and name in logs}
+        shown = {title: f"{logs[name]:.3g}" for name, title in _SHOWN.items() if logs and name in logs}
         if self._bar is not None and shown:
             self._bar.set_postfix(shown)
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -90,6 +90,18 @@ class InsCLConfig(_Section):
     embedder: str | None = None
 
 
+class LoRAConfig(_Section):
+    """Train a low-rank adapter instead of the weights; its rank, scale and places, as in ``peft.LoraConfig``.
+
+    ``target_modules``: names of linear layers; default: all but the head.
+    """
+
+    r: int = Field(default=16, ge=1)
+    lora_alpha: float = Field(default=32, gt=0)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | str = "all-linear"
+
+
 class EvaluationConfig(_Section):
     """What is asked after every step: ``limit`` rows a task of ``split``, of the tasks learnt so far and the held-out.
 
@@ -111,6 +123,7 @@ class RunConfig(_Section):
     ``model``: folder or hub name of a causal language model, or ``bundled`` for the package's own small one.
     ``ablate``: parts that kpig goes without: ``masks`` (replay by entropy, divergence on the complete instance),
     ``divergence``, ``temperature`` (1 for every instance), ``diversity`` (the first wording of a task only).
+    ``lora``: train an adapter; None: all weights.
     ``training``: arguments of ``KPIGConfig``, which has those of ``transformers.TrainingArguments``.
     """
 
@@ -125,6 +138,7 @@ class RunConfig(_Section):
     replay: ReplayConfig = ReplayConfig()
     penalty: PenaltyConfig = PenaltyConfig()
     inscl: InsCLConfig = InsCLConfig()
+    lora: LoRAConfig | None = None
     training: dict[str, Any] = {}
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -200,5 +214,6 @@ def _describe(error: ValidationError) -> str:
 def _keys_beside(loc: tuple[int | str, ...]) -> Iterable[str]:
     section: type[BaseModel] = RunConfig
     for part in loc[:-1]:
-        section = RunConfig.model_fields[str(part)].annotation  # type: ignore[assignment]
+        annotation = RunConfig.model_fields[str(part)].annotation
+        section = next(kind for kind in (*get_args(annotation), annotation) if isinstance(kind, type))
     return section.model_fields

@@ -9,6 +9,7 @@ the evaluation where the model was kept already; a plan that was written is read
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,21 +18,14 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from kpig_fast.data.base_model import resolve_model
 from kpig_fast.data.files import write_lines
 from kpig_fast.data.lengths import check_collection_lengths
 from kpig_fast.data.schema import TaskCollection, make_instance
 from kpig_fast.environment import environment
-from kpig_fast.evaluation.evaluate import evaluate
+from kpig_fast.evaluation.evaluate import check_questions, evaluate
 from kpig_fast.evaluation.runs import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -43,13 +37,16 @@ from kpig_fast.evaluation.runs import (
     write_metrics,
 )
 from kpig_fast.method.replay import ReplayPlan
+from kpig_fast.processes import is_sharded, main_first, rank, wait
 from kpig_fast.training.checkpoints import StepKeeper, delete_checkpoints, mean_loss, newest_checkpoint
 from kpig_fast.training.config import KPIGConfig
 from kpig_fast.training.data import load_data
-from kpig_fast.training.planning import Planner, chosen_strategy, make_steps
+from kpig_fast.training.model_card import write_model_card
+from kpig_fast.training.placement import load_model
+from kpig_fast.training.planning import Planner, check_launch, chosen_strategy, make_steps
 from kpig_fast.training.progress import StepProgress
 from kpig_fast.training.run_config import RunConfig, dump_run_config
-from kpig_fast.training.trainer import TEACHER_FILE, KPIGTrainer, make_scorer
+from kpig_fast.training.trainer import TEACHER_FOLDER, KPIGTrainer, make_scorer
 from kpig_fast.tree.model import position_limit
 
 DATA_REPORT_FILE, DATA_HASH_FILE = "data_report.txt", "data.sha256"
@@ -93,25 +90,43 @@ class Stream:
                 there.
         """
         run = config.output_dir
-        claim_folder(run, dump_run_config(config))
-        write_lines(run / ENVIRONMENT_FILE, [json.dumps(environment(), indent=2)])
+        # These join the processes of the launch.
+        arguments = training_arguments(config, run, 0)
+        progress = progress and rank() == 0
+        with main_first():
+            claim_folder(run, dump_run_config(config))
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model))
         collection, report = load_data(config.data, progress=progress)
         steps = make_steps(collection, config)
-        done = sum(is_complete(step_folder(run, i)) for i in range(len(steps)))
-        source = step_folder(run, done - 1) / MODEL_FOLDER if done else resolve_model(config.model)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=config.dtype)
-        arguments = training_arguments(config, run, 0)
-        model.to(arguments.device)  # type: ignore[arg-type]
+        kept = [folder for i in range(len(steps)) if (folder := step_folder(run, i) / MODEL_FOLDER).exists()]
+        model = load_model(config, kept[-1] if kept else None, arguments)
+        check_launch(config, model)
         scorer = make_scorer(model, tokenizer, arguments)
         limit = position_limit(model)
         if limit is not None:
             collection = check_collection_lengths(
                 collection, scorer.encoder, limit, report, strict=config.data.strict, progress=progress
             )
-        check_data(run, data_hash(collection, steps))
-        write_lines(run / DATA_REPORT_FILE, [str(report)])
+        settings = config.evaluation
+        check_questions(
+            model,
+            collection,
+            encoder=scorer.encoder,
+            tasks=[name for names in steps for name in names] + collection.names("held_out"),
+            split=settings.split,
+            limit=settings.limit,
+            max_new_tokens=settings.max_new_tokens,
+            demonstrations=settings.demonstrations,
+        )
+        with main_first():
+            check_data(run, data_hash(collection, steps))
+        if rank() == 0:
+            write_lines(run / ENVIRONMENT_FILE, [json.dumps(environment(), indent=2)])
+            write_lines(run / DATA_REPORT_FILE, [str(report)])
         planner = Planner(config, collection, steps, scorer, tokenizer, progress)
+        if arguments.eval_strategy != "no":
+            for step in range(len(steps)):
+                planner.validation(step)
         stream = cls(config, collection, model, tokenizer, planner, after_step, progress)
         stream.say(str(report))
         return stream
@@ -135,47 +150,63 @@ class Stream:
         set_seed(self.config.seed + step)
         started = time.perf_counter()
         plan = self.planner.plan(step)
-        if (folder / MODEL_FOLDER).exists():
-            kept = AutoModelForCausalLM.from_pretrained(folder / MODEL_FOLDER, dtype=self.config.dtype)
-            self.model.load_state_dict(kept.state_dict())
-        else:
+        # Else this run was opened with the model that the step has kept.
+        if not (folder / MODEL_FOLDER).exists():
             self._train(step, plan, time.perf_counter() - started)
-        # Also where a crash came between keeping the model and this.
-        (folder / TRAINER_FOLDER / TEACHER_FILE).unlink(missing_ok=True)
-        delete_checkpoints(folder / TRAINER_FOLDER)
+        if rank() == 0:
+            # Also where a crash came between keeping the model and this.
+            shutil.rmtree(folder / TRAINER_FOLDER / TEACHER_FOLDER, ignore_errors=True)
+            delete_checkpoints(folder / TRAINER_FOLDER)
         self._evaluate(step, list(plan.chosen), json.loads((folder / TRAINING_FILE).read_text("utf-8")))
 
     def _train(self, step: int, plan: ReplayPlan, plan_seconds: float) -> None:
         """Train one time step from its newest checkpoint, and keep the model."""
         started = time.perf_counter()
         folder = step_folder(self.config.output_dir, step)
-        trainer_folder = folder / TRAINER_FOLDER
-        instances = self.planner.instances(step, plan)
-        args = training_arguments(self.config, trainer_folder, step)
-        trainer = KPIGTrainer(self.model, args, instances, self.tokenizer, progress=self.progress)
+        trainer = self._trainer(step, plan)
+        with main_first():
+            checkpoint = newest_checkpoint(folder / TRAINER_FOLDER)
+        if checkpoint is not None:
+            self.say(f"step {step + 1}/{len(self.steps)} goes on from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        end_tracking()
+        seconds = time.perf_counter() - started
+        training = {
+            "loss": mean_loss(trainer.state.log_history),
+            "instances": len(trainer.pairs),
+            "replayed_instances": len(plan.replayed),
+            "optimizer_steps": trainer.state.global_step,
+            "plan_seconds": plan_seconds,
+            "prepass_seconds": trainer.prepass_seconds,
+            "train_seconds": seconds - trainer.prepass_seconds,
+            "seconds": plan_seconds + seconds,
+        }
+        if trainer.teacher is not None:
+            training["mean_gain"] = float(trainer.teacher.gain.mean())
+        self._save_model(step, trainer)
+        if rank() == 0:
+            write_lines(folder / LOG_FILE, (json.dumps(entry) for entry in trainer.state.log_history))
+            write_lines(folder / TRAINING_FILE, [json.dumps(training, indent=1)])
+            # Last: where it lies, training is not done again.
+            (folder / f"{MODEL_FOLDER}.partial").rename(folder / MODEL_FOLDER)
+        wait()
+
+    def _trainer(self, step: int, plan: ReplayPlan) -> KPIGTrainer:
+        args = training_arguments(self.config, step_folder(self.config.output_dir, step) / TRAINER_FOLDER, step)
+        trainer = KPIGTrainer(
+            self.model,
+            args,
+            self.planner.instances(step, plan),
+            self.tokenizer,
+            eval_dataset=None if args.eval_strategy == "no" else self.planner.validation(step),
+            progress=self.progress,
+        )
         trainer.penalty = self.planner.penalty(step)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(StepKeeper())
         if self.progress:
             trainer.add_callback(StepProgress(f"step {step + 1}/{len(self.steps)}"))
-        checkpoint = newest_checkpoint(trainer_folder)
-        if checkpoint is not None:
-            self.say(f"step {step + 1}/{len(self.steps)} goes on from {checkpoint}")
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        seconds = time.perf_counter() - started
-        training = {
-            "loss": mean_loss(trainer.state.log_history),
-            "instances": len(instances),
-            "replayed_instances": len(plan.replayed),
-            "plan_seconds": plan_seconds,
-            "train_seconds": seconds,
-            "seconds": plan_seconds + seconds,
-        }
-        if trainer.teacher is not None:
-            training["mean_gain"] = float(trainer.teacher.gain.mean())
-        write_lines(folder / LOG_FILE, (json.dumps(entry) for entry in trainer.state.log_history))
-        write_lines(folder / TRAINING_FILE, [json.dumps(training, indent=1)])
-        self._save_model(folder)
+        return trainer
 
     def say(self, line: str) -> None:
         """Print a line above the progress bars."""
@@ -198,7 +229,7 @@ class Stream:
             max_new_tokens=settings.max_new_tokens,
             demonstrations=settings.demonstrations,
             progress=self.progress,
-            predictions_path=folder / PREDICTIONS_FILE,
+            predictions_path=folder / PREDICTIONS_FILE if rank() == 0 else None,
         )
         metrics = StepMetrics(
             step=step,
@@ -209,9 +240,14 @@ class Stream:
             gains=self._mean_gains(tasks),
             training=training,
         )
-        write_metrics(run, metrics)
-        mark_complete(folder)
-        self.after_step(run)
+        if rank() == 0:
+            if step != UNTRAINED:
+                args = training_arguments(self.config, folder, step)
+                write_model_card(folder / MODEL_FOLDER, self.config, args, self.steps[: step + 1], metrics)
+            write_metrics(run, metrics)
+            mark_complete(folder)
+            self.after_step(run)
+        wait()
         self.say(_line(metrics, len(self.steps)))
 
     def _mean_gains(self, tasks: Sequence[str]) -> dict[str, float]:
@@ -223,12 +259,14 @@ class Stream:
             by_task.setdefault(row.task, []).append(gain)
         return {task: sum(values) / len(values) for task, values in by_task.items()}
 
-    def _save_model(self, folder: Path) -> None:
-        partial = folder / f"{MODEL_FOLDER}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        self.model.save_pretrained(partial)
-        self.tokenizer.save_pretrained(partial)
-        partial.rename(folder / MODEL_FOLDER)
+    def _save_model(self, step: int, trainer: KPIGTrainer) -> None:
+        """Save the whole model beside its place."""
+        state = trainer.accelerator.get_state_dict(trainer.model) if is_sharded(self.model) else None
+        if rank() == 0:
+            partial = step_folder(self.config.output_dir, step) / f"{MODEL_FOLDER}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            self.model.save_pretrained(partial, state_dict=state)
+            self.tokenizer.save_pretrained(partial)
 
     def _n_complete(self) -> int:
         return sum(is_complete(step_folder(self.config.output_dir, i)) for i in range(len(self.steps)))
@@ -248,6 +286,13 @@ def training_arguments(config: RunConfig, folder: Path, step: int) -> KPIGConfig
     if "temperature" in config.ablate:
         given["fixed_temperature"] = 1.0
     return KPIGConfig(output_dir=str(folder), seed=config.seed + step, disable_tqdm=True, **given)
+
+
+def end_tracking() -> None:
+    """End the experiment that a tracker keeps open, because the next time step counts from 0 again."""
+    for name in ("wandb", "trackio"):
+        if name in sys.modules:
+            sys.modules[name].finish()
 
 
 def claim_folder(run: Path, resolved: str) -> None:
