@@ -1,6 +1,6 @@
 """The command ``kpig``. Every subcommand imports what it needs when it runs, so that ``kpig --help`` is quick.
 
-Exit codes: 0 done; 1 the run failed; 2 the command, the config or the data is wrong.
+Exit codes: 0 done; 1 the run failed; 2 the command, the config or the data is wrong; 130 stopped from the keyboard.
 """
 
 import argparse
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kpig_fast import __version__
+from kpig_fast.failures import explain
 
 if TYPE_CHECKING:
     from kpig_fast.data.schema import Instance
     from kpig_fast.data.validation import ValidationReport
     from kpig_fast.scorer import GainScores, KeyPartScorer
+    from kpig_fast.training.run_config import RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,11 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, FileNotFoundError) as error:
-        if arguments.debug:
+    except (Exception, KeyboardInterrupt) as error:
+        explained = explain(error, arguments.command, getattr(arguments, "out", None))
+        if arguments.debug or explained is None:
             raise
-        print(f"kpig {arguments.command}: {error}", file=sys.stderr)
-        return 2
+        code, text = explained
+        print(f"kpig {arguments.command}: {text}", file=sys.stderr)
+        return code
     return 0
 
 
@@ -170,6 +174,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting, such as replay.tasks=3"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="train nothing: print what would be trained, its memory and its time"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars, no lines")
 
 
@@ -185,15 +192,31 @@ def _train(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--set {setting!r} has no '='; write NAME=VALUE, such as replay.tasks=3")
         overrides[name] = yaml.safe_load(value)
     config = load_run_config(arguments.config, overrides)
+    arguments.out = config.output_dir
     from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
+    (_print_dry_run if arguments.dry_run else _run_stream)(config, progress=not arguments.quiet)
+
+
+def _run_stream(config: "RunConfig", *, progress: bool) -> None:
+    from kpig_fast.processes import rank
     from kpig_fast.report.html import REPORT_FILE, write_run_outputs
     from kpig_fast.training.stream import Stream
 
-    disable_progress_bar()
-    Stream.open(config, after_step=write_run_outputs, progress=not arguments.quiet).run()
-    _print_comparison([config.output_dir])
-    print(f"wrote {config.output_dir / REPORT_FILE}")
+    Stream.open(config, after_step=write_run_outputs, progress=progress).run()
+    if rank() == 0:
+        _print_comparison([config.output_dir])
+        print(f"wrote {config.output_dir / REPORT_FILE}")
+
+
+def _print_dry_run(config: "RunConfig", *, progress: bool) -> None:
+    from kpig_fast.processes import rank
+    from kpig_fast.training.dry_run import dry_run
+
+    done = dry_run(config, progress=progress)
+    if rank() == 0:
+        print(done.to_text())
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

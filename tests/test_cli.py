@@ -1,14 +1,21 @@
 """The command kpig: what it writes, prints and returns."""
 
+import errno
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 
 import pytest
-from small_run import write_config
+import torch
+from safetensors.torch import save_file
+from small_run import TASKS, write_config
 
+from kpig_fast import cli
 from kpig_fast.cli import _by_name, main
+from kpig_fast.failures import explain
 
 
 @pytest.fixture
@@ -90,6 +97,127 @@ def test_absent_files_are_named(tmp_path, capsys):
     assert main(["score", str(tmp_path / "none.jsonl"), "--model", "m", "--out", "o"]) == 2
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count(str(tmp_path)) == 3
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a/log.jsonl"),
+            1,
+            "No space left on device: runs/a/log.jsonl; free space or choose another output_dir; "
+            "the same command goes on where it stopped",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, "Disk quota exceeded: {run}; free space or choose"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/a"), 1, "Permission denied: runs/a; allow access or"),
+        (
+            OSError(errno.EIO, "Input/output error", "f"),
+            1,
+            "Input/output error: f; choose another output_dir; the same",
+        ),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "conf"), 2, "Is a directory: 'conf'"),
+        (OSError("lab/modle is not a valid model identifier"), 2, "lab/modle is not a valid model identifier"),
+        (KeyboardInterrupt(), 130, "stopped; the same command goes on where it stopped"),
+    ],
+)
+def test_what_stops_a_run_is_one_line(small_folder, tmp_path, capsys, monkeypatch, error, code, message):
+    monkeypatch.setattr("kpig_fast.training.stream.Stream.open", raising(error))
+    run = tmp_path / "run"
+    arguments = ["train", str(write_config(small_folder, run))]
+    assert main(arguments) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"kpig train: {message.format(run=run)}" if code != 2 else "kpig train: ")
+    assert message.format(run=run) in line
+    with pytest.raises(type(error)):
+        main([*arguments, "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("cause", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1),
+        (OSError("no such model"), 2),
+        (RuntimeError("no such model"), 2),
+    ],
+)
+def test_a_sentence_of_its_own_is_kept(cause, code):
+    error = OSError("runs/a did not take the file; free space")
+    error.__cause__ = cause
+    assert explain(error, "train", None) == (code, "runs/a did not take the file; free space")
+
+
+def test_other_commands_name_their_own_option(instances, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_load_scorer", raising(OSError(errno.ENOSPC, "No space left on device")))
+    assert main(["score", str(instances), "--model", "m", "--out", "o.jsonl"]) == 1
+    expected = (
+        "kpig score: No space left on device: o.jsonl; free space or choose another --out; run the command again\n"
+    )
+    assert capsys.readouterr().err == expected
+
+
+def test_a_defect_keeps_its_traceback(small_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("kpig_fast.training.stream.Stream.open", raising(RuntimeError("a defect")))
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["train", str(write_config(small_folder, tmp_path / "run"))])
+
+
+def limit_files_to(n_bytes):
+    """For ``preexec_fn``: a write beyond ``n_bytes`` fails as on a full disk."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+
+    return limit
+
+
+@pytest.mark.parametrize("write", [lambda x, path: save_file({"x": x}, path), torch.save], ids=["safetensors", "torch"])
+def test_a_file_of_tensors_that_did_not_fit_is_recognised(tmp_path, write):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    try:
+        limit_files_to(1000)()
+        with pytest.raises(Exception) as raised:
+            write(torch.zeros(1000), tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
+    assert not isinstance(raised.value, OSError)
+    explained = explain(raised.value, "train", tmp_path)
+    assert explained is not None
+    code, text = explained
+    assert code == 1
+    assert f": {tmp_path}; free space or choose another output_dir" in text
+
+
+def test_a_run_on_a_full_disk_says_so_and_goes_on_afterwards(small_folder, tmp_path):
+    run = tmp_path / "run"
+    config = write_config(small_folder, run, stream={"order": list(TASKS[:1])})
+    command = [sys.executable, "-m", "kpig_fast.cli", "train", str(config), "--quiet"]
+    # The plans and logs fit, the weights (more than 100 kB) do not.
+    full = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit_files_to(60_000))
+    assert full.returncode == 1, full.stderr
+    assert "Traceback" not in full.stderr
+    assert f"kpig train: File too large: {run}" in full.stderr
+    assert "free space or choose another output_dir; the same command goes on where it stopped" in full.stderr
+    assert not (run / "step-000" / "COMPLETE").exists()
+    assert main(command[3:]) == 0
+    assert (run / "step-000" / "COMPLETE").exists()
+
+
+def test_only_the_first_of_several_processes_prints_the_table(small_folder, tmp_path, capsys, monkeypatch):
+    config = write_config(small_folder, tmp_path / "run", stream={"order": list(TASKS[:1])})
+    monkeypatch.setattr("kpig_fast.processes.rank", lambda: 1)
+    monkeypatch.setattr("kpig_fast.training.stream.Stream.run", lambda _: None)
+    assert main(["train", str(config), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_env_names_versions_but_no_paths(capsys):

@@ -65,12 +65,6 @@ def test_the_python_code_is_the_example_and_runs(workplace):
     assert "tensor(" in run([sys.executable, "examples/score.py"], workplace)
 
 
-@pytest.mark.readme
-def test_the_training_example_runs(workplace):
-    run([sys.executable, "examples/train.py"], workplace)
-    assert (workplace / "runs" / "lora" / "adapter" / "adapter_model.safetensors").exists()
-
-
 def test_configs_are_accepted():
     (shown,) = blocks("yaml")
     for text in (shown, *(path.read_text("utf-8") for path in (ROOT / "configs").glob("*.yaml"))):
