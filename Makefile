@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find cs
 	touch $(STAMP)
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile tests benchmarks/test_benchmarks.py
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile tests benchmarks/test_benchmarks.py benchmarks/test_bench_trainer.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
