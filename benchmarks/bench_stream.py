@@ -83,11 +83,11 @@ def go_through(path: Path, run: Path, kills: Sequence[int]) -> float:
     return time.perf_counter() - started
 
 
-def shares(steps: Sequence[StepMetrics], minutes: float) -> dict[str, list[float]]:
-    """What the benchmark is about; steps that were killed have lost the time before, and are left out."""
-    costs = [step.training for step in steps if step.training]
+def shares(steps: Sequence[StepMetrics], title: str, minutes: float) -> dict[str, list[float]]:
+    """What the benchmark is about, of the steps that were not killed: the others do not know the time before."""
+    costs = [step.training for step in steps]
     return {
-        f"minutes from start to report, {len(costs)} steps": [minutes],
+        f"minutes from start to report: {title}": [minutes],
         "% of the training of a step: plan and pre-pass": [
             100 * (cost["plan_seconds"] + cost["prepass_seconds"]) / cost["train_seconds"] for cost in costs
         ],
@@ -107,7 +107,8 @@ def main(command: Sequence[str] | None = None) -> None:
     parts = ("plan_seconds", "prepass_seconds", "train_seconds")
     seconds = {part: [step.training[part] for step in trained] for part in parts}
     figures = {role: vars(steps[-1].scores(role)) for role in ("seen", "held_out")}
-    report(arguments, seconds, shares(trained, minutes), steps=[step.step for step in trained], scores=figures)
+    title = f"{arguments.steps} steps, {len(arguments.kills)} of them killed"
+    report(arguments, seconds, shares(trained, title, minutes), steps=[step.step for step in trained], scores=figures)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_planning
+import bench_stream
 import bench_trainer
 import common
 import pytest
@@ -247,5 +248,20 @@ def test_whole_run_of_planning_with_a_pretrained_model_and_unmarked_tasks(tmp_pa
     assert len(run["median_ratios"]) == 3 + 2 * 4
     each = run["seconds_per_earlier_task"]
     assert each["6"] == pytest.approx(run["seconds"][named(6)][0] / 24)
+    printed = capsys.readouterr().out
+    assert all(f"| {name} | {value:.2f} |" in printed for name, value in run["median_ratios"].items())
+
+
+@pytest.mark.slow
+@needs_data
+def test_a_killed_stream_ends_and_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "record.json"
+    sizes = ["--steps", "3", "--rows", "16", "--limit", "1", "--kills", "1"]
+    bench_stream.main([*sizes, "--out", str(out)])
+    run = json.loads(out.read_text())
+    assert run["steps"] == [0, 2]
+    assert all(len(values) == 2 and min(values) > 0 for values in run["seconds"].values())
+    (minutes,) = run["ratios"]["minutes from start to report: 3 steps, 1 of them killed"]
+    assert 60 * minutes > sum(map(sum, run["seconds"].values()))
     printed = capsys.readouterr().out
     assert all(f"| {name} | {value:.2f} |" in printed for name, value in run["median_ratios"].items())

@@ -1,5 +1,6 @@
 """A stream with adapters, validation rows and trackers, and what it refuses before anything is trained."""
 
+import re
 import shutil
 import sys
 from itertools import pairwise
@@ -109,3 +110,15 @@ def test_auto_takes_the_largest_tree_that_fits(tmp_path: Path, monkeypatch: pyte
     largest = largest_tree(shape, budget.training_setup(shape, model, args, tokens=1, rows=1), free + here)
     assert found == min(largest, budget.CPU_TOKENS)
     assert budget.tree_budget(model, KPIGConfig(output_dir=str(tmp_path), max_tokens=77, use_cpu=True)) == 77
+
+
+def test_a_step_says_what_planning_cost(small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_values(small_folder, tmp_path / "run", training=TRAINING)
+    Stream.open(RunConfig.model_validate(config)).run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    # Two instances of every earlier task are scored.
+    for n, line in enumerate(lines):
+        assert re.search(
+            rf"in [\d.]+ s, of them planning [\d.]+ s \({2 * n} instances of .*\), pre-pass [\d.]+ s", line
+        )
+    assert len(lines) == len(TASKS)

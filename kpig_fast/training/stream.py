@@ -175,6 +175,7 @@ class Stream:
             "loss": mean_loss(trainer.state.log_history),
             "instances": len(trainer.pairs),
             "replayed_instances": len(plan.replayed),
+            "scored_for_plan": len(plan.drawn),
             "optimizer_steps": trainer.state.global_step,
             "plan_seconds": plan_seconds,
             "prepass_seconds": trainer.prepass_seconds,
@@ -341,6 +342,10 @@ def _line(metrics: StepMetrics, n_steps: int) -> str:
     if metrics.step == UNTRAINED:
         return f"untrained: {scores}"
     training = metrics.training
-    cost = f"loss {training['loss']:.3f}, {training['instances']:.0f} instances in {training['seconds']:.0f} s"
+    cost = (
+        f"loss {training['loss']:.3f}, {training['instances']:.0f} instances in {training['seconds']:.1f} s, of them "
+        f"planning {training['plan_seconds']:.1f} s ({training['scored_for_plan']:.0f} instances of earlier tasks), "
+        f"pre-pass {training['prepass_seconds']:.1f} s"
+    )
     name = metrics.tasks[0] if len(metrics.tasks) == 1 else f"{len(metrics.tasks)} tasks"
     return f"step {metrics.step + 1}/{n_steps} {name}: {cost}   {scores}"
