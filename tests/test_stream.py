@@ -142,7 +142,7 @@ def test_a_wrong_order_is_named_before_training(small_folder, tmp_path, stream, 
 
 
 def test_a_folder_of_another_run_is_not_touched(finished, small_folder):
-    with pytest.raises(ValueError, match="holds a run with another config"):
+    with pytest.raises(ValueError, match="holds a run with other config"):
         open_stream(small_folder, finished, seed=1)
 
 
@@ -164,7 +164,7 @@ def test_changed_data_under_a_run_is_named(small_folder, tmp_path):
     open_stream(small_folder, run, data=section)
     rows = data / "instances.jsonl"
     rows.write_text(rows.read_text().replace("ab gh", "ab gg"))
-    with pytest.raises(ValueError, match="was started with other data"):
+    with pytest.raises(ValueError, match="holds a run with other data"):
         open_stream(small_folder, run, data=section)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_cases import ADAM, INSTANCES, TOKENIZER, Recorded, config, tiny, train
 
 from kpig_fast import Instance, KPIGTrainer
@@ -98,10 +99,9 @@ def test_throughput_counts_what_was_trained(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_tracker_gets_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     train(tmp_path, **ADAM, report_to="tensorboard")
-    events = event_accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
     assert {"train/loss", "train/cross_entropy", "train/jsd", "train/tokens_per_second"} <= set(
         events.Tags()["scalars"]
     )

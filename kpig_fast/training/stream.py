@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,8 @@ class Stream:
         # These join the processes of the launch.
         arguments = training_arguments(config, run, 0)
         progress = progress and rank() == 0
-        with main_first():
-            claim_folder(run, dump_run_config(config))
+        resolved = dump_run_config(config)
+        check_unchanged(run / CONFIG_FILE, resolved, "config")
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model))
         collection, report = load_data(config.data, progress=progress)
         steps = make_steps(collection, config)
@@ -118,15 +118,19 @@ class Stream:
             max_new_tokens=settings.max_new_tokens,
             demonstrations=settings.demonstrations,
         )
-        with main_first():
-            check_data(run, data_hash(collection, steps))
-        if rank() == 0:
-            write_lines(run / ENVIRONMENT_FILE, [json.dumps(environment(), indent=2)])
-            write_lines(run / DATA_REPORT_FILE, [str(report)])
         planner = Planner(config, collection, steps, scorer, tokenizer, progress)
         if arguments.eval_strategy != "no":
             for step in range(len(steps)):
                 planner.validation(step)
+        hashed = data_hash(collection, steps)
+        check_unchanged(run / DATA_HASH_FILE, hashed, "data")
+        # Only now is the folder this run's: what was wrong above can be mended.
+        wait()
+        if rank() == 0:
+            write_lines(run / CONFIG_FILE, [resolved.rstrip("\n")])
+            write_lines(run / DATA_HASH_FILE, [hashed])
+            write_lines(run / ENVIRONMENT_FILE, [json.dumps(environment(), indent=2)])
+            write_lines(run / DATA_REPORT_FILE, [str(report)])
         stream = cls(config, collection, model, tokenizer, planner, after_step, progress)
         stream.say(str(report))
         return stream
@@ -169,7 +173,7 @@ class Stream:
         if checkpoint is not None:
             self.say(f"step {step + 1}/{len(self.steps)} goes on from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        end_tracking()
+        end_tracking(trainer.args.report_to or ())
         seconds = time.perf_counter() - started
         training = {
             "loss": mean_loss(trainer.state.log_history),
@@ -289,24 +293,27 @@ def training_arguments(config: RunConfig, folder: Path, step: int) -> KPIGConfig
     return KPIGConfig(output_dir=str(folder), seed=config.seed + step, disable_tqdm=True, **given)
 
 
-def end_tracking() -> None:
-    """End the experiment that a tracker keeps open, because the next time step counts from 0 again."""
-    for name in ("wandb", "trackio"):
-        if name in sys.modules:
-            sys.modules[name].finish()
+def end_tracking(trackers: Iterable[str]) -> None:
+    """End the experiments that ``trackers`` keep open, because the next time step counts from 0 again."""
+    for name in {"wandb", "trackio"}.intersection(trackers):
+        sys.modules[name].finish()
 
 
-def claim_folder(run: Path, resolved: str) -> None:
-    """Write the resolved config into a new run's folder, or check that the folder is of the same run.
+def check_unchanged(path: Path, expected: str, what: str) -> None:
+    """Check that the run that lies where a new one shall go is the same one.
+
+    Args:
+        path: file of that run, which need not be there.
+        expected: what it holds if the run is the same, but for an end of line.
+        what: ``config`` or ``data``.
 
     Raises:
-        ValueError: another config lies there.
+        ValueError: it holds something else.
     """
-    path = run / CONFIG_FILE
-    if not path.exists():
-        write_lines(path, [resolved.rstrip("\n")])
-    elif path.read_text("utf-8") != resolved:
-        raise ValueError(f"{run} holds a run with another config ({path}); choose another output_dir or delete it")
+    if path.exists() and path.read_text("utf-8").rstrip("\n") != expected.rstrip("\n"):
+        raise ValueError(
+            f"{path.parent} holds a run with other {what} ({path}); restore it, or choose another output_dir"
+        )
 
 
 def data_hash(collection: TaskCollection, steps: Sequence[Sequence[str]]) -> str:
@@ -315,19 +322,6 @@ def data_hash(collection: TaskCollection, steps: Sequence[Sequence[str]]) -> str
     for part in (*collection.tasks.values(), *collection.rows):
         digest.update(f"{part!r}\n".encode())
     return digest.hexdigest()
-
-
-def check_data(run: Path, found: str) -> None:
-    """Note the hash of a new run's data, or check that the data is still the same.
-
-    Raises:
-        ValueError: it is not.
-    """
-    path = run / DATA_HASH_FILE
-    if not path.exists():
-        write_lines(path, [found])
-    elif path.read_text("utf-8").strip() != found:
-        raise ValueError(f"{run} was started with other data ({path}); restore it, or choose another output_dir")
 
 
 def _line(metrics: StepMetrics, n_steps: int) -> str:
