@@ -197,6 +197,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
     disable_progress_bar()
     (_print_dry_run if arguments.dry_run else _run_stream)(config, progress=not arguments.quiet)
+    from kpig_fast.processes import leave
+
+    leave()
 
 
 def _run_stream(config: "RunConfig", *, progress: bool) -> None:

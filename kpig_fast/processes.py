@@ -27,6 +27,14 @@ def wait() -> None:
         distributed.barrier()
 
 
+def leave() -> None:
+    """End what the processes have in common, when the work of all is done."""
+    if _together():
+        wait()
+        # Its threads, still running when the interpreter ends, would end the process by a signal.
+        distributed.destroy_process_group()
+
+
 @contextmanager
 def main_first() -> Iterator[None]:
     """Process 0 goes through the body before the others, which then find what it wrote."""

@@ -8,6 +8,7 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 
@@ -21,3 +22,7 @@ def shared() -> Path:
 
 
 pytest_plugins = ["ops_paths", "small_run"]
+
+# How quickly a machine draws examples says nothing about what is tested.
+settings.register_profile("any machine", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("any machine")

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import DeepSpeedPlugin, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from training_cases import INSTANCES, SIX, TOKENIZER, Recorded, config, tiny, weights
 
 from kpig_fast import cli
-from kpig_fast.processes import gather, is_sharded, rank, whole
+from kpig_fast.processes import gather, is_sharded, leave, rank, whole
+from kpig_fast.training.placement import is_partitioned
 
 # The trees are so small that processes differ in their number.
 CHANGES = {**SIX, "learning_rate": 0.02, "max_grad_norm": 1.0, "max_tokens": 90}
@@ -44,7 +45,11 @@ def train(folder: Path, **changes) -> Gathered:
 
 
 def whole_weights(trainer: Gathered) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): whole(x).cpu().clone() for name, x in weights(trainer.model).items()}
+    state: Any = weights(trainer.model)
+    if is_partitioned(trainer.model):
+        # DeepSpeed gives them to process 0.
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    return {name.removeprefix("module."): whole(x).cpu().clone() for name, x in state.items()}
 
 
 def n_hooks(model: nn.Module) -> int:
@@ -63,7 +68,10 @@ def main(out: Path, *changes: str) -> None:
         logs = [entry["cross_entropy"] for entry in trainer.state.log_history if "cross_entropy" in entry]
         result = {"losses": losses, "logs": logs, "sharded": sharded, "processes": trainer.args.world_size}
         result["hooks"] = n_hooks(trainer.model)
+        result["elements"] = sum(p.numel() for p in trainer.model.parameters())
+        result["flos"] = trainer.state.total_flos
         (out / "result.json").write_text(json.dumps(result))
+    leave()
 
 
 def allow_sharding_on_cpu() -> None:
@@ -85,8 +93,20 @@ def allow_sharding_on_cpu() -> None:
     AcceleratorState.__init__ = as_on_gpus
 
 
+def partition_small_parameters() -> None:
+    """DeepSpeed ZeRO-3 leaves parameters on every process that have as few elements as those of the tests."""
+    finish = DeepSpeedPlugin.__post_init__
+
+    def without_threshold(self: DeepSpeedPlugin) -> None:
+        finish(self)
+        self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    DeepSpeedPlugin.__post_init__ = without_threshold
+
+
 if __name__ == "__main__":
     allow_sharding_on_cpu()
+    partition_small_parameters()
     if sys.argv[1] == "kpig":
         sys.exit(cli.main(sys.argv[2:]))
     main(Path(sys.argv[1]), *sys.argv[2:])

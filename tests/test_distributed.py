@@ -1,4 +1,4 @@
-"""Two processes give what one does: DDP, FSDP2 and ZeRO-2 with the bundled config files, on CPUs through gloo."""
+"""Two processes give what one does: DDP, FSDP2, ZeRO-2 and ZeRO-3 as the bundled config files say, on CPUs by gloo."""
 
 import json
 import os
@@ -24,7 +24,8 @@ TESTS = Path(__file__).parent
 WORKER = str(TESTS / "distributed_worker.py")
 CONFIGS = TESTS.parent / "configs" / "accelerate"
 needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")
-LAUNCHES = ("ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed))
+DEEPSPEED = ("zero2", "zero3")
+LAUNCHES = ("ddp", "fsdp2", *(pytest.param(name, marks=needs_deepspeed) for name in DEEPSPEED))
 
 
 def launch(name: str, *command: str, processes: int = 2) -> None:
@@ -59,7 +60,11 @@ def test_two_processes_train_as_one(name: str, tmp_path: Path, alone: distribute
     launch(name, WORKER, str(tmp_path), "per_device_train_batch_size=3")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["processes"] == 2
-    assert result["sharded"] == (name == "fsdp2")
+    assert result["sharded"] == (name in ("fsdp2", "zero3"))
+    assert (result["elements"] == 0) == (name == "zero3")
+    # Six a parameter and token, though ZeRO-3 leaves parameters no elements.
+    assert result["flos"] > 0
+    assert result["flos"] % (6 * sum(p.numel() for p in tiny().parameters())) == 0
     residuals = [(a - b) / b for a, b in zip(result["losses"], alone.step_losses, strict=True)]
     assert max(map(abs, residuals)) <= 1e-5
     # Rounding to both sides, no drift to one.
@@ -122,15 +127,16 @@ def test_deepspeed_leaves_the_model_to_the_next_engine(tmp_path: Path) -> None:
 
 
 @needs_deepspeed
-def test_a_deepspeed_run_in_bf16_goes_on_behind_a_step(small_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", DEEPSPEED)
+def test_a_deepspeed_run_in_bf16_goes_on_behind_a_step(name: str, small_folder: Path, tmp_path: Path) -> None:
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     values = training(2, bf16=True, optim="adamw_torch", learning_rate=3e-3)
     command = [WORKER, "kpig", "train", str(write_config(small_folder, run, training=values))]
-    launch("zero2", *command)
+    launch(name, *command)
     shutil.copytree(run, undisturbed)
     for step in (1, 2):
         shutil.rmtree(step_folder(run, step))
-    launch("zero2", *command)
+    launch(name, *command)
     for found, expected in zip(read_run(run), read_run(undisturbed), strict=True):
         assert found.gains == expected.gains
     for step in (1, 2):

@@ -301,7 +301,7 @@ def test_the_plan_is_what_the_command_prints(capsys: pytest.CaptureFixture[str])
 
 def test_the_page_links_to_what_there_is() -> None:
     targets = re.findall(r"\]\(([^)]+)\)", PAGE)
-    assert {Path(target).name for target in targets} == {"ddp.yaml", "fsdp2.yaml", "zero2.yaml"}
+    assert {Path(target).name for target in targets} == {"ddp.yaml", "fsdp2.yaml", "zero2.yaml", "zero3.yaml"}
     for target in targets:
         assert "distributed_type" in (ROOT / "docs" / target).read_text("utf-8")
 

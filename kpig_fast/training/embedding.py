@@ -1,6 +1,7 @@
 """Vectors of texts: the mean of a model's last hidden states over the tokens."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from kpig_fast.tree.model import evaluation_mode
 
 
+@cache
 def load_embedder(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A sentence embedder whose vectors are means of hidden states, and its tokenizer, from a folder or hub name."""
     return AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)

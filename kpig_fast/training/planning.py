@@ -216,9 +216,5 @@ class Planner:
         return gather(predictive_entropies(self.scorer, pairs, progress=self.progress and bool(pairs)))
 
     def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        return embed(texts, *self._embedder)
-
-    @cached_property
-    def _embedder(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         name = self.config.inscl.embedder
-        return (self.scorer.model, self.tokenizer) if name is None else load_embedder(name)
+        return embed(texts, *((self.scorer.model, self.tokenizer) if name is None else load_embedder(name)))

@@ -37,12 +37,12 @@ from kpig_fast.evaluation.runs import (
     write_metrics,
 )
 from kpig_fast.method.replay import ReplayPlan
-from kpig_fast.processes import is_sharded, main_first, rank, wait
+from kpig_fast.processes import main_first, rank, wait
 from kpig_fast.training.checkpoints import StepKeeper, delete_checkpoints, mean_loss, newest_checkpoint
 from kpig_fast.training.config import KPIGConfig
 from kpig_fast.training.data import load_data
 from kpig_fast.training.model_card import write_model_card
-from kpig_fast.training.placement import load_model
+from kpig_fast.training.placement import is_partitioned, load_again, load_model, save_model
 from kpig_fast.training.planning import Planner, check_launch, chosen_strategy, make_steps
 from kpig_fast.training.progress import StepProgress
 from kpig_fast.training.run_config import RunConfig, dump_run_config
@@ -157,6 +157,10 @@ class Stream:
         # Else this run was opened with the model that the step has kept.
         if not (folder / MODEL_FOLDER).exists():
             self._train(step, plan, time.perf_counter() - started)
+            if is_partitioned(self.model):
+                args = training_arguments(self.config, folder, step)
+                kept = folder / MODEL_FOLDER
+                self.model = self.planner.scorer.model = load_again(self.model, self.config, kept, args)
         if rank() == 0:
             # Also where a crash came between keeping the model and this.
             shutil.rmtree(folder / TRAINER_FOLDER / TEACHER_FOLDER, ignore_errors=True)
@@ -188,12 +192,13 @@ class Stream:
         }
         if trainer.teacher is not None:
             training["mean_gain"] = float(trainer.teacher.gain.mean())
-        self._save_model(step, trainer)
+        partial = folder / f"{MODEL_FOLDER}.partial"
+        save_model(self.model, trainer, partial)
         if rank() == 0:
             write_lines(folder / LOG_FILE, (json.dumps(entry) for entry in trainer.state.log_history))
             write_lines(folder / TRAINING_FILE, [json.dumps(training, indent=1)])
             # Last: where it lies, training is not done again.
-            (folder / f"{MODEL_FOLDER}.partial").rename(folder / MODEL_FOLDER)
+            partial.rename(folder / MODEL_FOLDER)
         wait()
 
     def _trainer(self, step: int, plan: ReplayPlan) -> KPIGTrainer:
@@ -263,15 +268,6 @@ class Stream:
         for row, gain in zip(asked, gains):
             by_task.setdefault(row.task, []).append(gain)
         return {task: sum(values) / len(values) for task, values in by_task.items()}
-
-    def _save_model(self, step: int, trainer: KPIGTrainer) -> None:
-        """Save the whole model beside its place."""
-        state = trainer.accelerator.get_state_dict(trainer.model) if is_sharded(self.model) else None
-        if rank() == 0:
-            partial = step_folder(self.config.output_dir, step) / f"{MODEL_FOLDER}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            self.model.save_pretrained(partial, state_dict=state)
-            self.tokenizer.save_pretrained(partial)
 
     def _n_complete(self) -> int:
         return sum(is_complete(step_folder(self.config.output_dir, i)) for i in range(len(self.steps)))

@@ -97,7 +97,7 @@ class KPIGTrainer(Trainer):
         )
         # The loss is divided by the response tokens of the whole optimizer batch here, not by the Trainer.
         self.model_accepts_loss_kwargs = True
-        self.model = self.model_wrapped = shard(self.model, self.accelerator)
+        self.model = self.model_wrapped = shard(self)
         if self.is_fsdp_enabled:
             # Whole gradients, kept from one micro-batch to the next, are what FSDP is to save.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
@@ -135,16 +135,16 @@ class KPIGTrainer(Trainer):
         """Make the teacher (unless ``lam`` is 0), then train as ``transformers.Trainer.train`` does."""
         if self.penalty is not None and self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed hides the gradients that a penalty adds to; train it with DDP or FSDP instead")
+        if self.is_deepspeed_enabled:
+            # An engine of an earlier call is released and trains no more.
+            self.model_wrapped = shard(self)
         started = time.perf_counter()
         if self.args.lam > 0:
             self.teacher = self.prepare_teacher()
         self.train_dataset = list(self._examples())  # type: ignore[assignment]
         self.prepass_seconds = time.perf_counter() - started
         self._tally.start()
-        if self.is_deepspeed_enabled:
-            # An engine of an earlier call is released and trains no more.
-            self.model_wrapped = self.model
-        with tree_mode(self.accelerator.unwrap_model(self.model)):
+        with tree_mode(self.accelerator.unwrap_model(self.model)):  # type: ignore[arg-type]
             result = super().train(*args, **kwargs)
         if self.is_deepspeed_enabled:
             release_engine(self.model_wrapped)
@@ -339,7 +339,7 @@ class KPIGTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Estimate: 6 operations a parameter and laid-out token."""
         tokens = sum(len(forest.tree) for forest in inputs["forests"])
-        return 6 * tokens * sum(p.numel() for p in self.model.parameters())  # type: ignore[union-attr]
+        return 6 * tokens * sum(getattr(p, "ds_numel", p.numel()) for p in self.scorer.model.parameters())
 
 
 def _check_pairs(pairs: Sequence[EncodedPair], names: Sequence[str]) -> None:
