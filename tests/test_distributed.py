@@ -120,6 +120,22 @@ def test_two_processes_run_the_same_stream(name: str, small_folder: Path, tmp_pa
     assert not list(run.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("strategy", ["kpig", "inscl"])
+def test_two_processes_keep_an_adapter_that_lies_in_pieces(strategy: str, small_folder: Path, tmp_path: Path) -> None:
+    alone, together = (tmp_path / name for name in ("alone", "together"))
+    changes = {"lora": {"r": 2, "lora_alpha": 4}, "strategy": strategy}
+    assert main(["train", str(write_config(small_folder, alone, training=training(4), **changes)), "--quiet"]) == 0
+    config = write_config(small_folder, together, training=training(2), **changes)
+    launch("fsdp2", WORKER, "kpig", "train", str(config), "--quiet")
+    for step in range(3):
+        kept = [step_folder(run, step) / "model" / "adapter_model.safetensors" for run in (together, alone)]
+        found, expected = map(load_file, kept)
+        assert found.keys() == expected.keys()
+        assert any(x.any() for key, x in expected.items() if "lora_B" in key)
+        assert all(torch.allclose(found[key], x, atol=1e-6) for key, x in expected.items())
+    assert [step.evaluation for step in read_run(together)] == [step.evaluation for step in read_run(alone)]
+
+
 @needs_deepspeed
 def test_deepspeed_leaves_the_model_to_the_next_engine(tmp_path: Path) -> None:
     launch("zero2", WORKER, str(tmp_path), "per_device_train_batch_size=3")

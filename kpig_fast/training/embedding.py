@@ -26,10 +26,10 @@ def embed(texts: Sequence[str], model: nn.Module, tokenizer: PreTrainedTokenizer
         model: a sentence embedder or causal language model of transformers; left as it was.
         tokenizer: its tokenizer.
     """
-    body = getattr(model, "base_model", model)
-    device = next(body.parameters()).device
+    device = next(model.parameters()).device
     # One by one: a language model need not have a token to pad with.
     inputs = [tokenizer(text, return_tensors="pt").to(device) for text in texts]
     with evaluation_mode(model):
-        hidden = [body(input_ids=x["input_ids"]).last_hidden_state[0] for x in inputs]
+        # A call of what lies inside the model would find no weights under FSDP, nor an adapter.
+        hidden = [model(input_ids=x["input_ids"], output_hidden_states=True).hidden_states[-1][0] for x in inputs]
     return torch.stack([rows.float().mean(0) for rows in hidden]).cpu().numpy()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
@@ -87,6 +88,8 @@ def shard(trainer: Trainer) -> Any:
         return model
     # Accelerate shards a model together with an optimizer only; the real one is made when training begins.
     sharded, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    # PEFT hands this on to the model inside, past the forward that puts the outermost parameters together.
+    register_fsdp_forward_method(sharded, "generate")
     return sharded
 
 

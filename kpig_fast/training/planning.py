@@ -59,14 +59,10 @@ def make_steps(collection: TaskCollection, config: RunConfig) -> list[list[str]]
 
 def check_launch(config: RunConfig, model: nn.Module) -> None:
     """Check that the strategy works where the model lies; ValueError where it does not."""
-    if not is_sharded(model):
-        return
-    if STRATEGIES[config.strategy].penalty == "fisher":
+    if is_sharded(model) and STRATEGIES[config.strategy].penalty == "fisher":
         raise ValueError(
             f"strategy {config.strategy!r} needs whole gradients, which FSDP does not keep; launch with DDP"
         )
-    if config.strategy == "inscl" and config.inscl.embedder is None:
-        raise ValueError("strategy 'inscl' cannot embed with a model that FSDP has sharded; name one in inscl.embedder")
 
 
 def chosen_strategy(config: RunConfig) -> Strategy:

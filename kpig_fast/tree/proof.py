@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from kpig_fast.ops.reference import logits_reference
 from kpig_fast.tree.layout import TokenTree, build
@@ -38,7 +37,7 @@ def prove(model: nn.Module) -> float:
     sequences = _branches(lm.config.get_text_config().vocab_size)
     tree = build(sequences, [1] * len(sequences)).to(lm.device)
     with evaluation_mode(model):
-        apart = torch.cat([_logits_apart(lm, sequences[i]) for i in tree.sequences.tolist()])
+        apart = torch.cat([_logits_apart(model, sequences[i], lm.device) for i in tree.sequences.tolist()])
         together, dtype = _logits_together(model, tree, kind)
     error = float((together - apart).square().mean().sqrt() / apart.std())
     if not error <= TOLERANCE.get(dtype, HALF_TOLERANCE):
@@ -58,9 +57,10 @@ def _branches(vocabulary: int) -> list[list[int]]:
     return [start + both + first, start + both + second, start + third]
 
 
-def _logits_apart(lm: PreTrainedModel, sequence: list[int]) -> Tensor:
-    ids = torch.tensor([sequence], device=lm.device)
-    return lm(input_ids=ids, use_cache=False).logits[0, :-1].double()
+def _logits_apart(model: nn.Module, sequence: list[int], device: torch.device) -> Tensor:
+    ids = torch.tensor([sequence], device=device)
+    # Not the model inside PEFT: FSDP puts parameters together in the outermost forward.
+    return model(input_ids=ids, use_cache=False).logits[0, :-1].double()
 
 
 def _logits_together(model: nn.Module, tree: TokenTree, kind: str) -> tuple[Tensor, torch.dtype]:
