@@ -181,16 +181,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    import yaml
-
-    from kpig_fast.training.run_config import load_run_config
+    from kpig_fast.training.run_config import load_run_config, parse_yaml
 
     overrides = {}
     for setting in arguments.set:
         name, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"--set {setting!r} has no '='; write NAME=VALUE, such as replay.tasks=3")
-        overrides[name] = yaml.safe_load(value)
+        overrides[name] = parse_yaml(value)
     config = load_run_config(arguments.config, overrides)
     arguments.out = config.output_dir
     from transformers.utils.logging import disable_progress_bar

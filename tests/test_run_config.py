@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from kpig_fast.training.run_config import RunConfig, dump_run_config, load_run_config
+from kpig_fast.training.run_config import RunConfig, dump_run_config, load_run_config, parse_yaml
 
 MINIMAL = {"model": "m", "output_dir": "o"}
 
@@ -23,6 +23,21 @@ def test_defaults_are_the_papers_for_natural_instructions(tmp_path):
 def test_the_resolved_config_reads_back_equal(tmp_path):
     config = load(tmp_path, MINIMAL | {"training": {"lam": 0.01}, "stream": {"order": ["a", "b"]}})
     assert load(tmp_path, dump_run_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5e-4", 5e-4), ("-.5E+3", -500.0), ("2.e3", 2000.0), ("12", 12), ("e5", "e5"), ("1e-4x", "1e-4x")],
+)
+def test_numbers_with_an_exponent_need_no_point(text, value):
+    assert parse_yaml(text) == value
+
+
+def test_a_text_that_looks_like_such_a_number_stays_a_text(tmp_path):
+    config = RunConfig(model="5e4", output_dir=tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_run_config(config))
+    assert load_run_config(path).model == "5e4"
 
 
 def test_overrides_reach_into_sections_that_are_absent(tmp_path):

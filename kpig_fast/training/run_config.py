@@ -19,6 +19,20 @@ Part = Literal["masks", "divergence", "temperature", "diversity"]
 _OWN_ARGUMENTS = {"output_dir", "seed", "remove_unused_columns", "resume_from_checkpoint"}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 reads ``5e-4`` as a number; the library follows 1.1, to which it is a text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that ``_Loader`` would read as numbers."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+    )
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -173,7 +187,7 @@ def load_run_config(path: str | Path, overrides: Mapping[str, Any] | None = None
         ValueError: no YAML, an unknown key (the nearest valid one is named) or a value out of its range.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
+        values = parse_yaml(Path(path).read_text("utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(values, dict):
@@ -186,9 +200,14 @@ def load_run_config(path: str | Path, overrides: Mapping[str, Any] | None = None
         raise ValueError(f"{path}: {_describe(error)}") from error
 
 
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says. Raises ``yaml.YAMLError`` where it is none."""
+    return yaml.load(text, _Loader)
+
+
 def dump_run_config(config: RunConfig) -> str:
     """The resolved config as YAML, every default written out; ``load_run_config`` reads it."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _set(values: dict[str, Any], name: str, value: Any) -> None:
