@@ -10,6 +10,8 @@ from kpig_fast.data.natural_instructions import load_natural_instructions
 from kpig_fast.data.schema import Demonstration, make_instance
 from kpig_fast.data.validation import DataError
 from kpig_fast.method.masking import find_spans
+from kpig_fast.training.data import load_data
+from kpig_fast.training.run_config import DataConfig
 
 DEFINITION = "Say past or present."
 
@@ -249,6 +251,15 @@ def test_bad_instances_are_dropped_without_moving_the_split(tasks):
         ],
         "duplicate": [f"{tasks}/a.json: Instances[5]: row: repeats {tasks}/a.json: Instances[4]; keep one of them"],
     }
+
+
+def test_validation_rows_lie_between_test_and_training_rows(tasks):
+    instances = [{"id": str(n), "input": f"s{n}", "output": ["past"]} for n in range(6)]
+    write(tasks, a=task_file(Instances=instances))
+    collection, _ = load_natural_instructions(tasks, tasks=["a"], n_test=2, n_validation=3)
+    assert [row.split for row in collection.rows] == ["test"] * 2 + ["validation"] * 3 + ["train"]
+    config = DataConfig(source="natural_instructions", path=tasks, n_test=2, n_validation=3)
+    assert [row.split for row in load_data(config)[0].of_task("a")] == [row.split for row in collection.rows]
 
 
 def test_wrong_names(tasks, tmp_path):

@@ -55,6 +55,7 @@ def load_natural_instructions(
     side_file: Paths | None = None,
     tasks: Sequence[str] | None = None,
     n_test: int = 100,
+    n_validation: int = 0,
     seen: Sequence[str] | None = None,
     held_out: Sequence[str] | None = None,
     strict: bool = False,
@@ -73,7 +74,8 @@ def load_natural_instructions(
             Later files add to and override earlier ones.
         tasks: the tasks to read, in this order; default those of ``seen`` and ``held_out``, without them all: first
             those of the side files in their order, then the others by name.
-        n_test: the first ``n_test`` instances of a file are test rows, the others training rows.
+        n_test: the first ``n_test`` instances of a file are test rows.
+        n_validation: as many after them are validation rows, and the others training rows.
         seen: tasks with this role; it goes before the role in the side files. Default role is seen.
         held_out: likewise.
         strict: raise where anything would be dropped.
@@ -101,7 +103,7 @@ def load_natural_instructions(
             if name in roles:
                 fields["role"] = roles[name]
             loaded[name] = parse_task(fields, told._where or where, report)
-            rows += _rows(name, file, where, n_test)
+            rows += _rows(name, file, where, n_test, n_validation)
         except RowError as error:
             report.add(where, error)
     collection = collect(loaded, rows, report)
@@ -180,9 +182,11 @@ def _pool(definition: str, side: _Side) -> list[dict[str, Any]]:
     return [original, *(wording for wording in side.instructions if wording is not original)]
 
 
-def _rows(name: str, file: _TaskFile, where: str, n_test: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(
+    name: str, file: _TaskFile, where: str, n_test: int, n_validation: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
     ours = {"id": "id", "input": "context", "output": "output"}
     for n, instance in enumerate(file.instances):
         fields = {ours[field]: value for field, value in instance.items() if field in ours}
-        split = "test" if n < n_test else "train"
+        split = "test" if n < n_test else "validation" if n < n_test + n_validation else "train"
         yield f"{where}: Instances[{n}]", {"id": f"{name}-{n}", **fields, "task": name, "split": split}

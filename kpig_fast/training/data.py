@@ -29,6 +29,7 @@ def load_data(config: DataConfig, *, progress: bool = False) -> tuple[TaskCollec
         side_file=list(config.side_files),
         tasks=[*config.seen, *(config.held_out or ())] if config.seen is not None else None,
         n_test=config.n_test,
+        n_validation=config.n_validation,
         seen=config.seen,
         held_out=config.held_out,
         strict=config.strict,

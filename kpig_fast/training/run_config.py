@@ -42,7 +42,8 @@ class DataConfig(_Section):
 
     ``source``: ``suite`` (bundled, generated), ``folder`` (tasks.jsonl + instances.jsonl at ``path``) or
     ``natural_instructions`` (task files at ``path``, key parts or instruction pools from ``side_files``).
-    ``n_train``: training rows of a task at most. ``n_test``: leading rows of a task file that are test rows.
+    ``n_train``: training rows of a task at most. ``n_test``: leading rows of a task file that are test rows, and
+    ``n_validation``: the rows behind them that are validation rows.
     ``seen``, ``held_out``: names of tasks, where the files do not say. ``strict``: stop at the first bad row.
     """
 
@@ -51,6 +52,7 @@ class DataConfig(_Section):
     side_files: tuple[Path, ...] = ()
     n_train: int | None = Field(default=None, ge=1)
     n_test: int = Field(default=50, ge=1)
+    n_validation: int = Field(default=0, ge=0)
     seen: tuple[str, ...] | None = None
     held_out: tuple[str, ...] | None = None
     strict: bool = False
