@@ -7,9 +7,13 @@ import yaml
 from evaluation_models import byte_tokenizer, small_model
 
 from kpig_fast.data.collection import save_collection
-from kpig_fast.data.schema import Constraints, PoolInstruction, Row, Task, TaskCollection
+from kpig_fast.data.schema import Change, Constraints, FormatRule, PoolInstruction, Row, Task, TaskCollection
 
 TASKS = ("copy", "shout", "first")
+WHISPER = Change(
+    instruction=PoolInstruction(text="Please whisper the text.", key_parts=("whisper",)),
+    constraints=Constraints(format=(FormatRule(kind="lower"),)),
+)
 
 
 def collection() -> TaskCollection:
@@ -26,6 +30,7 @@ def collection() -> TaskCollection:
                 instructions=tuple(PoolInstruction(text=text, key_parts=(name,)) for text in wordings),
                 metric="acc",
                 constraints=Constraints(max_words=3),
+                changed=WHISPER if name == "shout" else None,
             )
         )
         contexts = [f"{a} {b}" for a in ("ab", "cd", "ef") for b in ("gh", "ij", "kl")]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kpig_fast.data.collection import load_collection, save_collection
 from kpig_fast.data.schema import (
+    Change,
     Constraints,
     Demonstration,
     FormatRule,
@@ -52,6 +53,9 @@ def dropped(folder, rows) -> tuple[str, str]:
     return kind, text.replace(f"{folder}/", "")
 
 
+CONSTRAINTS = st.builds(Constraints, labels=st.lists(TEXT, max_size=2), max_words=st.none() | st.integers(1, 9))
+
+
 @st.composite
 def collections(draw) -> TaskCollection:
     names = draw(st.lists(TEXT, unique=True, max_size=3))
@@ -68,6 +72,7 @@ def collections(draw) -> TaskCollection:
                 format=tuple(FormatRule(kind="delimiter", text=text) for text in draw(st.lists(TEXT, max_size=2))),
             ),
             demonstrations=tuple(Demonstration(context=text, output="x") for text in draw(st.lists(TEXT, max_size=2))),
+            changed=draw(st.none() | st.builds(Change, instruction=WORDING, constraints=CONSTRAINTS, old=CONSTRAINTS)),
             changed_from=draw(st.none() | TEXT),
         )
         for name in names
@@ -85,6 +90,17 @@ def collections(draw) -> TaskCollection:
         for n in range(draw(st.integers(0, 3)))
     ]
     return TaskCollection.of(tasks, rows)
+
+
+def test_a_change_may_be_given_by_offsets(tmp_path):
+    wording = {"text": "Say PAST.", "key_part_spans": [[4, 8]]}
+    change = {"instruction": wording, "constraints": {"labels": ["PAST"]}}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({**TENSE, "changed": change}))
+    (tmp_path / "instances.jsonl").write_text(json.dumps(ROW))
+    changed = load_collection(tmp_path, strict=True)[0].tasks["tense"].changed
+    assert changed is not None
+    assert changed.instruction.key_parts == ((4, 8),)
+    assert changed.old is None
 
 
 @given(collections())

@@ -7,8 +7,9 @@ import pytest
 
 from kpig_fast.data.collection import load_collection, save_collection
 from kpig_fast.data.natural_instructions import load_natural_instructions
-from kpig_fast.data.schema import Demonstration, make_instance
+from kpig_fast.data.schema import Constraints, Demonstration, Task, make_instance
 from kpig_fast.data.validation import DataError
+from kpig_fast.evaluation.half_listening import obedience
 from kpig_fast.method.masking import find_spans
 from kpig_fast.training.data import load_data
 from kpig_fast.training.run_config import DataConfig
@@ -144,7 +145,7 @@ def test_metric_and_constraints_of_the_side_file(tasks, tmp_path):
 def test_pool_puts_the_definition_first(tasks, tmp_path):
     other = {"text": "Past or present?", "strategy": "breadth", "key_parts": ["Past or present"]}
     own = {"text": DEFINITION, "strategy": "original", "key_parts": ["present"]}
-    pool = side(tmp_path, "pools.jsonl", {"task": "a", "instructions": [other, own], "changed_constraint": {}})
+    pool = side(tmp_path, "pools.jsonl", {"task": "a", "instructions": [other, own]})
     manifest = side(tmp_path, "manifest.json", {"task": "a", "role": "heldout", "key_parts": ["past"]})
     task = load_natural_instructions(tasks, side_file=[manifest, pool], strict=True)[0].tasks["a"]
     assert [(w.text, w.strategy, w.key_parts) for w in task.instructions] == [
@@ -152,6 +153,47 @@ def test_pool_puts_the_definition_first(tasks, tmp_path):
         ("Past or present?", "breadth", ("Past or present",)),
     ]
     assert task.role == "held_out"
+
+
+def changed(tasks, tmp_path, **change) -> Task:
+    row = {"task": "a", "changed_constraint": {"text": "Say PAST or PRESENT.", "key_parts": ["PAST"], **change}}
+    task = load_natural_instructions(tasks, side_file=side(tmp_path, "side.jsonl", row), strict=True)[0].tasks["a"]
+    assert task.changed is not None
+    assert task.changed.instruction.text == "Say PAST or PRESENT."
+    return task
+
+
+def test_changed_labels(tasks, tmp_path):
+    mapped = {"past": "PAST", "present": "PRESENT", "now": "PRESENT"}
+    change = changed(tasks, tmp_path, label_map=mapped, key_part_spans=[[4, 8]]).changed
+    assert change.instruction.key_parts == ((4, 8),)
+    assert change.constraints == Constraints(labels=("PAST", "PRESENT"))
+    assert change.old == Constraints(labels=("past", "present", "now"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "new", "old"),
+    [
+        ("upper", ["ABC", "A 1.", "7"], ["abc", "Abc", "ABc", "A\nb"]),
+        ("lower", ["abc", "a 1."], ["ABC", "Abc"]),
+        ("quote", ['"abc"', '"a\nb"'], ["abc", '"abc', 'abc"', '"']),
+        ("prefix:Re: ", ["Re: abc", "Re: a\nb"], ["abc", "re: abc", "abc Re: ", "Re: "]),
+        ("suffix:.", ["abc.", "a\nb."], ["abc", ".", ".abc", "abcx"]),
+    ],
+)
+def test_changed_rules_part_all_answers_in_two(tasks, tmp_path, rule, new, old):
+    change = changed(tasks, tmp_path, rule=rule).changed
+    for answers, share in ((new, "asked"), (old, "old")):
+        for answer in answers:
+            found = obedience([answer], change.constraints, change.old)
+            assert found[share] == 100, (rule, answer, found)
+    assert obedience([""], change.constraints, change.old)["neither"] == 100
+
+
+@pytest.mark.parametrize("change", [{}, {"rule": "title"}, {"rule": "prefix:"}, {"rule": "upper", "label_map": {}}])
+def test_a_change_says_one_thing(tasks, tmp_path, change):
+    with pytest.raises(DataError, match="changed_constraint"):
+        changed(tasks, tmp_path, **change)
 
 
 def test_pool_without_the_definition_gets_it(tasks, tmp_path):

@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import TASKS, config_values
+from small_run import TASKS, collection, config_values
 from transformers import AutoModelForCausalLM
 
+from kpig_fast.evaluation.evaluate import read_predictions
+from kpig_fast.evaluation.half_listening import score_obedience
 from kpig_fast.evaluation.runs import UNTRAINED, is_complete, mark_complete, read_run, step_folder
 from kpig_fast.method.replay import ReplayPlan
 from kpig_fast.training.checkpoints import mean_loss, newest_checkpoint
@@ -50,6 +52,15 @@ def test_metrics_cover_the_learnt_and_the_held_out_tasks(finished):
     assert set(history[3].gains) == {*TASKS, "last"}
     assert [step.tasks for step in history[1:]] == [("copy",), ("shout",), ("first",)]
     assert history[3].training["instances"] == 6 + 2
+
+
+def test_learnt_tasks_are_asked_under_their_changed_wording(finished):
+    asked = [[one.task for one in metrics.obedience] for metrics in read_run(finished)]
+    assert asked == [["shout"], [], ["shout"], ["shout"]]
+    answers = read_predictions(step_folder(finished, 2) / "half_listening.jsonl")
+    assert {one.task for one in answers} == {"shout"}
+    assert all("whisper" in one.prompt for one in answers)
+    assert list(read_run(finished)[-1].obedience) == score_obedience(answers, collection())
 
 
 def test_plans_replay_the_least_gain_with_the_model_of_the_step_before(finished, small_folder, tmp_path):

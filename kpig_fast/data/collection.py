@@ -57,6 +57,9 @@ def parse_task(fields: Mapping[str, Any], where: str, report: ValidationReport) 
     wordings = fields.get("instructions")
     if isinstance(wordings, list):
         fields = {**fields, "instructions": list(_good_wordings(wordings, where, report))}
+    changed = fields.get("changed")
+    if isinstance(changed, Mapping) and isinstance(changed.get("instruction"), dict):
+        fields = {**fields, "changed": {**changed, "instruction": _with_offsets(changed["instruction"])}}
     try:
         return Task.model_validate(fields)
     except ValidationError as error:

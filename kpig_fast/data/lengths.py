@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kpig_fast.data.encoding import PromptEncoder
-from kpig_fast.data.schema import Instance, TaskCollection, make_instance
+from kpig_fast.data.schema import Instance, PoolInstruction, TaskCollection, under_wording
 from kpig_fast.data.validation import RowError, ValidationReport
 
 
@@ -38,20 +38,23 @@ def check_collection_lengths(
 ) -> TaskCollection:
     """The collection without the rows that pass ``max_length`` tokens under the longest wording of their task.
 
+    A changed wording, for the half-listening test, is one of them.
+
     Raises:
         DataError: ``strict`` and the report has problems.
     """
     longest = {name: _longest_wording(collection, name, encoder) for name in collection.tasks}
-    instances = [make_instance(collection.tasks[row.task], row, longest[row.task]) for row in collection.rows]
+    instances = [under_wording(longest[row.task], row) for row in collection.rows]
     fits = _fits(instances, encoder, max_length, report, progress)
     report.require_clean(strict)
     return replace(collection, rows=tuple(row for row, fit in zip(collection.rows, fits, strict=True) if fit))
 
 
-def _longest_wording(collection: TaskCollection, name: str, encoder: PromptEncoder) -> int:
-    wordings = [Instance(w.text, "", key_parts=w.key_parts) for w in collection.tasks[name].instructions]
-    lengths = _lengths(wordings, encoder, progress=False)
-    return lengths.index(max(lengths))
+def _longest_wording(collection: TaskCollection, name: str, encoder: PromptEncoder) -> PoolInstruction:
+    task = collection.tasks[name]
+    wordings = [*task.instructions, *([task.changed.instruction] if task.changed else [])]
+    lengths = _lengths([Instance(w.text, "", key_parts=w.key_parts) for w in wordings], encoder, progress=False)
+    return wordings[lengths.index(max(lengths))]
 
 
 def _fits(

@@ -1,16 +1,17 @@
 """Task files of Natural Instructions (Wang et al., arXiv 2204.07705), with key parts from side files."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 from tqdm import tqdm
 
 from kpig_fast.data.checks import nearest, reject_misspelled, row_error
 from kpig_fast.data.collection import collect, parse_task
 from kpig_fast.data.files import read_object, read_rows
-from kpig_fast.data.schema import Constraints, Metric, Role, Task, TaskCollection
+from kpig_fast.data.schema import Constraints, FormatRule, Metric, Role, Task, TaskCollection
 from kpig_fast.data.validation import RowError, ValidationReport
 
 _ROLES: dict[str, Role] = {"seen": "seen", "stream": "seen", "held_out": "held_out", "heldout": "held_out"}
@@ -34,6 +35,22 @@ class _TaskFile(BaseModel):
     instances: list[dict[str, Any]] = Field(alias="Instances")
 
 
+class _Changed(BaseModel):
+    """One key part of the instruction changed: other labels, or a rule of form that had not been there."""
+
+    text: str
+    key_parts: list[Any] | None = None
+    key_part_spans: list[Any] | None = None
+    label_map: dict[str, str] | None = None
+    rule: str | None = Field(default=None, pattern=r"^(upper|lower|quote|(prefix|suffix):.+)$")
+
+    @model_validator(mode="after")
+    def _says_what_changed(self) -> "_Changed":
+        if (self.label_map is None) == (self.rule is None):
+            raise ValueError("give either label_map or rule")
+        return self
+
+
 class _Side(BaseModel):
     """What the side files say about one task."""
 
@@ -46,6 +63,7 @@ class _Side(BaseModel):
     instructions: list[dict[str, Any]] = []
     key_parts: list[Any] | None = None
     key_part_spans: list[Any] | None = None
+    changed_constraint: _Changed | None = None
     _where: str = PrivateAttr("")
 
 
@@ -70,7 +88,10 @@ def load_natural_instructions(
         folder: holds the task files.
         side_file: one or more JSON lists or JSON Lines files whose rows have ``task`` and any of: ``key_parts`` or
             ``key_part_spans`` of the definition; ``instructions``, a pool of wordings with theirs; ``role``; ``kind``
-            (``label``: metric ``acc``, and ``labels`` are the only answers allowed); ``metric``; ``constraints``.
+            (``label``: metric ``acc``, and ``labels`` are the only answers allowed); ``metric``; ``constraints``;
+            ``changed_constraint``, for the half-listening test: ``text`` with its key parts, and either ``label_map``
+            from old labels to new ones or a new ``rule`` of form (``upper``, ``lower``, ``quote``, ``prefix:…``,
+            ``suffix:…``).
             Later files add to and override earlier ones.
         tasks: the tasks to read, in this order; default those of ``seen`` and ``held_out``, without them all: first
             those of the side files in their order, then the others by name.
@@ -170,14 +191,44 @@ def _task_fields(file: _TaskFile, side: _Side) -> dict[str, Any]:
         "instructions": _pool(file.definitions[0], side),
         "metric": side.metric or ("acc" if labelled else "rougeL"),
         "constraints": side.constraints or Constraints(labels=tuple(side.labels) if labelled else ()),
+        "changed": side.changed_constraint and _change(side.changed_constraint),
         "demonstrations": [{"context": e.input, "output": e.output[0]} for e in file.examples[:_DEMONSTRATIONS]],
     }
 
 
+def _change(changed: _Changed) -> dict[str, Any]:
+    """A task's change. Where it adds a rule of form, every answer that breaks the rule has the old form."""
+    if changed.label_map is not None:
+        asked = Constraints(labels=tuple(dict.fromkeys(changed.label_map.values())))
+        old = Constraints(labels=tuple(changed.label_map))
+    else:
+        asked, old = (Constraints(format=(rule,)) for rule in _form(str(changed.rule)))
+    return {"instruction": _wording(changed.text, changed), "constraints": asked, "old": old}
+
+
+def _form(rule: str) -> tuple[FormatRule, FormatRule]:
+    """A rule of form, and the rule that everything else obeys."""
+    kind, _, text = rule.partition(":")
+    given = re.escape(text)
+    pattern = {
+        "upper": r"[^a-z]*",
+        "lower": r"[^A-Z]*",
+        "quote": r'".+"',
+        "prefix": rf"{given}.+",
+        "suffix": rf".+{given}",
+    }[kind]
+    obeyed = FormatRule(kind=kind) if kind in ("upper", "lower") else FormatRule(kind="regex", text=f"(?s:{pattern})")
+    return obeyed, FormatRule(kind="regex", text=f"(?s:(?!{pattern}$).*)")
+
+
+def _wording(text: str, marked: _Side | _Changed) -> dict[str, Any]:
+    marks = {"key_parts": marked.key_parts, "key_part_spans": marked.key_part_spans}
+    return {"text": text, **{name: value for name, value in marks.items() if value is not None}}
+
+
 def _pool(definition: str, side: _Side) -> list[dict[str, Any]]:
     """The wordings, the definition first: with its key parts from the pool where it is there, else from its row."""
-    marks = {"key_parts": side.key_parts, "key_part_spans": side.key_part_spans}
-    alone = {"text": definition, **{name: value for name, value in marks.items() if value is not None}}
+    alone = _wording(definition, side)
     original = next((wording for wording in side.instructions if wording.get("text") == definition), alone)
     return [original, *(wording for wording in side.instructions if wording is not original)]
 

@@ -118,10 +118,23 @@ class Demonstration(_Strict):
     output: str
 
 
+class Change(_Strict):
+    """A task's instruction with one key part changed, for the half-listening test.
+
+    ``constraints``: what an answer must obey now. ``old``: how to tell an answer in the form of training; default the
+    task's own constraints.
+    """
+
+    instruction: PoolInstruction
+    constraints: Constraints
+    old: Constraints | None = None
+
+
 class Task(_Strict):
     """A task: its pool of instructions, the one metric it is measured by, and its constraints.
 
-    ``changed_from`` names the seen task of which a held-out task changes one key part.
+    ``changed``: the same task with one key part changed, which it is never trained on. ``changed_from`` names the seen
+    task of which a held-out task changes one key part.
     """
 
     task: str = Field(min_length=1)
@@ -131,6 +144,7 @@ class Task(_Strict):
     metric: Metric = "rougeL"
     constraints: Constraints = Constraints()
     demonstrations: tuple[Demonstration, ...] = ()
+    changed: Change | None = None
     changed_from: str | None = None
 
 
@@ -146,7 +160,11 @@ class Row(_Strict):
 
 def make_instance(task: Task, row: Row, instruction: int = 0) -> Instance:
     """The instance that asks ``row`` with the ``instruction``-th wording of the task's pool."""
-    wording = task.instructions[instruction]
+    return under_wording(task.instructions[instruction], row)
+
+
+def under_wording(wording: PoolInstruction, row: Row) -> Instance:
+    """The instance that asks ``row`` with ``wording``."""
     return Instance(wording.text, row.outputs[0], row.context, wording.key_parts, row.task, row.id)
 
 

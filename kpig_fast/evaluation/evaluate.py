@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -76,28 +76,48 @@ def evaluate(
     Raises:
         ValueError: an unknown task, a task without rows in ``split``, or what ``generate_answers`` refuses.
     """
+    asked, prompts = _questions(collection, encoder, tasks, split, limit, demonstrations)
+    predictions = ask(
+        model,
+        tokenizer,
+        asked,
+        prompts,
+        encoder=encoder,
+        max_new_tokens=max_new_tokens,
+        batch_tokens=batch_tokens,
+        stop_at_newline=stop_at_newline,
+        progress=progress,
+        predictions_path=predictions_path,
+    )
+    return score_predictions(predictions, collection)
+
+
+def ask(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Sequence[Row],
+    prompts: list[list[int]],
+    *,
+    encoder: "PromptEncoder",
+    predictions_path: Path | None = None,
+    **generation: Any,
+) -> list[Prediction]:
+    """Ask ``prompts``, one for each of ``rows``; ``generation``: further arguments of ``generate_answers``.
+
+    The answers are also written to ``predictions_path``, where one is given.
+    """
     # Scoring stored answers needs no torch.
     from kpig_fast.evaluation.generation import generate_answers
 
-    asked, prompts = _questions(collection, encoder, tasks, split, limit, demonstrations)
-    answers = generate_answers(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_tokens=batch_tokens,
-        names=[_name(row) for row in asked],
-        end_ids=() if encoder.end_id is None else (encoder.end_id,),
-        stop_at_newline=stop_at_newline,
-        progress=progress,
-    )
+    names, ends = [row_name(row) for row in rows], () if encoder.end_id is None else (encoder.end_id,)
+    answers = generate_answers(model, tokenizer, prompts, names=names, end_ids=ends, **generation)
     predictions = [
         Prediction(row.task, row.id, text, row.context, answer, row.outputs)
-        for row, text, answer in zip(asked, tokenizer.batch_decode(prompts), answers, strict=True)
+        for row, text, answer in zip(rows, tokenizer.batch_decode(prompts), answers, strict=True)
     ]
     if predictions_path is not None:
         write_predictions(predictions, predictions_path)
-    return score_predictions(predictions, collection)
+    return predictions
 
 
 def check_questions(
@@ -119,7 +139,7 @@ def check_questions(
     from kpig_fast.evaluation.generation import check_prompts
 
     asked, prompts = _questions(collection, encoder, tasks, split, limit, demonstrations)
-    check_prompts(model, prompts, [_name(row) for row in asked], max_new_tokens)
+    check_prompts(model, prompts, [row_name(row) for row in asked], max_new_tokens)
 
 
 def score_predictions(predictions: Iterable[Prediction], collection: TaskCollection) -> EvaluationResult:
@@ -166,7 +186,8 @@ def _questions(
     return [row for _, row in asked], [_prompt(encoder, task, row, demonstrations) for task, row in asked]
 
 
-def _name(row: Row) -> str:
+def row_name(row: Row) -> str:
+    """How errors name a row."""
     return f"row {row.id!r} of task {row.task!r}"
 
 

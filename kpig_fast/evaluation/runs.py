@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from kpig_fast.data.files import write_lines
 from kpig_fast.data.schema import Role
+from kpig_fast.evaluation.half_listening import Obedience
 from kpig_fast.evaluation.history import backward_transfer, forgetting
 from kpig_fast.evaluation.tables import EvaluationResult
 from kpig_fast.evaluation.violations import Violation
@@ -26,6 +27,8 @@ CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 PLAN_FILE = "plan.json"
 METRICS_FILE = "metrics.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+HALF_LISTENING_FILE = "half_listening.jsonl"
 COMPLETE_FILE = "COMPLETE"
 UNTRAINED = -1
 
@@ -51,6 +54,7 @@ class StepMetrics:
         evaluation: figures after the step.
         gains: mean information gain of every evaluated task after the step.
         training: mean loss, seconds, counts of instances and tokens.
+        obedience: of every task learnt so far that has a changed wording, what its answers to that obey.
     """
 
     step: int
@@ -60,6 +64,7 @@ class StepMetrics:
     evaluation: EvaluationResult
     gains: Mapping[str, float]
     training: Mapping[str, float] = field(default_factory=dict)
+    obedience: tuple[Obedience, ...] = ()
 
     @property
     def evaluated(self) -> list[str]:
@@ -79,7 +84,9 @@ class StepMetrics:
     def only(self, tasks: Collection[str]) -> "StepMetrics":
         """The same step with the figures of the named tasks alone."""
         evaluation = EvaluationResult([task for task in self.evaluation.tasks if task.task in tasks])
-        return replace(self, evaluation=evaluation, gains={t: gain for t, gain in self.gains.items() if t in tasks})
+        gains = {task: gain for task, gain in self.gains.items() if task in tasks}
+        obedience = tuple(one for one in self.obedience if one.task in tasks)
+        return replace(self, evaluation=evaluation, gains=gains, obedience=obedience)
 
     def to_json(self) -> str:
         """The metrics as JSON text, which ``from_json`` reads."""

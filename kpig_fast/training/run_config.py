@@ -122,12 +122,14 @@ class EvaluationConfig(_Section):
     """What is asked after every step: ``limit`` rows a task of ``split``, of the tasks learnt so far and the held-out.
 
     ``gain_rows``: rows a task whose information gain is measured. ``demonstrations``: worked examples before a held-out
-    question. ``untrained``: also evaluate the model before the first step.
+    question. ``half_listening``: rows a task that are asked under its changed wording, where it has one. ``untrained``:
+    also evaluate the model before the first step.
     """
 
     split: Literal["validation", "test"] = "test"
     limit: int | None = Field(default=50, ge=1)
     gain_rows: int = Field(default=10, ge=0)
+    half_listening: int = Field(default=20, ge=0)
     max_new_tokens: int = Field(default=32, ge=1)
     demonstrations: int = Field(default=2, ge=0)
     untrained: bool = True

@@ -26,9 +26,12 @@ from kpig_fast.data.lengths import check_collection_lengths
 from kpig_fast.data.schema import TaskCollection, make_instance
 from kpig_fast.environment import environment
 from kpig_fast.evaluation.evaluate import check_questions, evaluate
+from kpig_fast.evaluation.half_listening import Obedience, check_changed_questions, half_listening
 from kpig_fast.evaluation.runs import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
+    HALF_LISTENING_FILE,
+    PREDICTIONS_FILE,
     UNTRAINED,
     StepMetrics,
     is_complete,
@@ -50,7 +53,7 @@ from kpig_fast.training.trainer import TEACHER_FOLDER, KPIGTrainer, make_scorer
 from kpig_fast.tree.model import position_limit
 
 DATA_REPORT_FILE, DATA_HASH_FILE = "data_report.txt", "data.sha256"
-LOG_FILE, TRAINING_FILE, PREDICTIONS_FILE = "log.jsonl", "training.json", "predictions.jsonl"
+LOG_FILE, TRAINING_FILE = "log.jsonl", "training.json"
 MODEL_FOLDER, TRAINER_FOLDER = "model", "trainer"
 
 
@@ -117,6 +120,15 @@ class Stream:
             limit=settings.limit,
             max_new_tokens=settings.max_new_tokens,
             demonstrations=settings.demonstrations,
+        )
+        check_changed_questions(
+            model,
+            collection,
+            encoder=scorer.encoder,
+            tasks=[name for names in steps for name in names],
+            split=settings.split,
+            limit=settings.half_listening,
+            max_new_tokens=settings.max_new_tokens,
         )
         planner = Planner(config, collection, steps, scorer, tokenizer, progress)
         if arguments.eval_strategy != "no":
@@ -249,6 +261,7 @@ class Stream:
             evaluation=result,
             gains=self._mean_gains(tasks),
             training=training,
+            obedience=self._half_listening(folder, [name for names in learnt for name in names]),
         )
         if rank() == 0:
             if step != UNTRAINED:
@@ -259,6 +272,22 @@ class Stream:
             self.after_step(run)
         wait()
         self.say(_line(metrics, len(self.steps)))
+
+    def _half_listening(self, folder: Path, tasks: Sequence[str]) -> tuple[Obedience, ...]:
+        settings = self.config.evaluation
+        results = half_listening(
+            self.model,
+            self.tokenizer,
+            self.collection,
+            encoder=self.planner.scorer.encoder,
+            tasks=tasks,
+            split=settings.split,
+            limit=settings.half_listening,
+            max_new_tokens=settings.max_new_tokens,
+            progress=self.progress,
+            predictions_path=folder / HALF_LISTENING_FILE if rank() == 0 else None,
+        )
+        return tuple(results)
 
     def _mean_gains(self, tasks: Sequence[str]) -> dict[str, float]:
         settings = self.config.evaluation

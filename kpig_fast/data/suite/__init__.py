@@ -6,7 +6,7 @@ labels. A model that half-listens answers it the way that the seen task was answ
 
 import random
 
-from kpig_fast.data.schema import Demonstration, Row, Split, Task, TaskCollection
+from kpig_fast.data.schema import Change, Demonstration, Row, Split, Task, TaskCollection
 from kpig_fast.data.suite.tasks import HELD_OUT, SEEN, Design
 
 N_DEMONSTRATIONS = 2
@@ -57,6 +57,7 @@ def _contexts(design: Design, count: int, seed: int) -> list[str]:
 
 
 def _task(design: Design, demonstrations: tuple[Demonstration, ...]) -> Task:
+    changed = next((one for one in HELD_OUT if one.changed_from == design.name), None)
     return Task(
         task=design.name,
         category=design.category,
@@ -65,6 +66,7 @@ def _task(design: Design, demonstrations: tuple[Demonstration, ...]) -> Task:
         metric=design.metric,
         constraints=design.recipe.constraints(),
         demonstrations=demonstrations,
+        changed=changed and Change(instruction=changed.wordings()[0], constraints=changed.recipe.constraints()),
         changed_from=design.changed_from,
     )
 
