@@ -7,7 +7,9 @@ import random
 import pytest
 import torch
 from evaluation_models import POSITIONS, byte_tokenizer, small_model, teach
-from peft import LoraConfig, get_peft_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -239,6 +241,115 @@ def test_progress_bar_counts_answers(model, prompts, capsys):
     assert not shown.out
     answer(model, prompts)
     assert not capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def alike() -> list[list[int]]:
+    """Prompts of four tasks, two of which begin alike, and others: short, equal, the beginning of another."""
+    rng = random.Random(1)
+
+    def some(n: int) -> list[int]:
+        return [rng.randrange(256) for _ in range(n)]
+
+    tasks = [some(40), some(25), some(60)]
+    tasks.append(tasks[0][:20] + some(15))
+    prompts = [task + some(rng.randrange(1, 14)) for task in tasks for _ in range(5)]
+    prompts += [some(5), some(30), tasks[1], prompts[7]]
+    rng.shuffle(prompts)
+    return prompts
+
+
+# What four tasks begin with, in 60 tokens at most, and one more prompt of over 13 tokens; then the last 13 of all.
+ALIKE_ONCE = [(5, 60), (24, 13)]
+
+
+def embedded(model) -> list[tuple[int, ...]]:
+    """A list that fills with the shapes of token ids that ``model`` is called with."""
+    shapes: list[tuple[int, ...]] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, ids, __: shapes.append(tuple(ids[0].shape)))
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"num_key_value_heads": 2}),
+        ("mistral", {"num_key_value_heads": 2, "sliding_window": 8}),
+        ("cohere2", {"num_key_value_heads": 2, "sliding_window": 8}),
+        ("qwen3", {"num_key_value_heads": 4, "head_dim": 8}),
+        ("phi3", {"sliding_window": 8}),
+        ("gpt_neox", {}),
+        ("gpt2", {}),
+        ("opt", {}),
+    ],
+)
+def test_what_prompts_begin_with_alike_is_computed_once(family, changes, alike):
+    model = small_model(family, **changes).double()
+    expected = [argmax_text(model, prompt) for prompt in alike]
+    assert len(set(expected)) > 10
+    shapes = embedded(model)
+    assert answer(model, alike) == expected
+    assert shapes[:2] == ALIKE_ONCE
+
+
+# Their attention is hidden by the least float64, which is lost in its float32 softmax: nothing to compare in float64.
+@pytest.mark.parametrize(("family", "changes"), [("gemma2", {"head_dim": 8, "sliding_window": 8}), ("bloom", {})])
+def test_eager_attention_shares_too(family, changes, alike):
+    model = small_model(family, **changes)
+    expected = [argmax_text(model, prompt) for prompt in alike]
+    shapes = embedded(model)
+    assert answer(model, alike) == expected
+    assert shapes[:2] == ALIKE_ONCE
+
+
+@pytest.mark.parametrize(("family", "changes"), [("mamba", {"state_size": 4}), ("openai-gpt", {})])
+def test_models_that_keep_something_else_answer_without_sharing(family, changes, alike):
+    model = small_model(family, **changes)
+    shapes = embedded(model)
+    answers = answer(model, alike)
+    assert shapes[0] == (len(alike), max(map(len, alike)))
+    assert answers == [answer(model, [prompt])[0] for prompt in alike]
+
+
+def test_the_longest_own_ending_decides_what_is_shared(model):
+    start = list(range(20))
+    prompts = [[*start, 101, 102], [*start, 111, 112, 113], [*start, 121, 122, 123, 124, 125], [1, 2, 3]]
+    expected = [argmax_text(model, prompt) for prompt in prompts]
+    shapes = embedded(model)
+    assert answer(model, prompts) == expected
+    # Without their last three, the others are the beginning of the longest: 22 + 4 · 3 tokens. With the last five of
+    # each it were 20 + 4 · 5, with the last two two beginnings, 2 · 23 + 4 · 2.
+    assert shapes[:3] == [(1, 22), (4, 3), (4, 1)]
+
+
+def test_little_in_common_is_no_reason_for_a_further_call(model):
+    prompts = [[256, *range(n, n + 30)] for n in (1, 50, 100)]
+    shapes = embedded(model)
+    answer(model, prompts)
+    assert shapes[0] == (3, 31)
+
+
+@given(prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=40), min_size=1, max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_any_prompts_are_answered_as_alone(prompts):
+    model = small_model().double()
+    assert answer(model, prompts, max_new_tokens=4) == [
+        answer(model, [prompt], max_new_tokens=4)[0] for prompt in prompts
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_adapters_share_and_virtual_tokens_do_not(alike):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(small_model().double(), lora).eval()
+    expected = [argmax_text(adapted, prompt) for prompt in alike]
+    shapes = embedded(adapted)
+    assert answer(adapted, alike) == expected
+    assert shapes[:2] == ALIKE_ONCE
+    tuned = get_peft_model(small_model(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    # Of one length, because PEFT counts padding as positions.
+    equal = [prompt[:25] for prompt in alike if len(prompt) >= 25]
+    assert answer(tuned, equal) == [answer(tuned, [prompt])[0] for prompt in equal]
 
 
 def test_real_model_answers_the_same_in_batches_and_alone(shared):

@@ -1,19 +1,26 @@
 """Greedy answers of a causal language model to many prompts, in batches."""
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
+from dataclasses import dataclass
+from inspect import signature
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kpig_fast.processes import gather, is_sharded, rank, world
 from kpig_fast.tree.model import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Of the tokens of the prompts, at most these are computed where a further call is made.
+_WORTH_SHARING = 0.75
 
 
 def generate_answers(
@@ -30,8 +37,9 @@ def generate_answers(
 ) -> list[str]:
     """Answer every prompt greedily; the answers come in the order of the prompts.
 
-    Several processes, each called with the same prompts, share the work and all get the answers. The model's training
-    flags and generation settings are as before afterwards.
+    What prompts of a batch begin with alike is computed once, where the model's cache can be shared. Several processes,
+    each called with the same prompts, share the work and all get the answers. The model's training flags and generation
+    settings are as before afterwards.
 
     Args:
         model: a Hugging Face causal language model, or one under PEFT.
@@ -63,12 +71,13 @@ def generate_answers(
     )
     batches = _share_of_batches(list(_batches(prompts, max_new_tokens, batch_tokens)))
     answers: dict[int, str] = {}
+    share = _can_share(model)
     with (
         _prepared(model, greedy),
         tqdm(total=sum(map(len, batches)), desc="answering", unit="answer", disable=not progress) as bar,
     ):
         for batch in batches:
-            ids = _continue(model, [prompts[i] for i in batch], pad)
+            ids = _continue(model, [prompts[i] for i in batch], pad, share)
             for index, text in zip(batch, _texts(tokenizer, ids, ends), strict=True):
                 answers[index] = text.split("\n", 1)[0].rstrip() if stop_at_newline else text
             bar.update(len(batch))
@@ -132,17 +141,91 @@ def _prepared(model: "PreTrainedModel", greedy: GenerationConfig) -> Iterator[No
             vars(module)["generation_config"] = before
 
 
-def _continue(model: Any, prompts: list[Sequence[int]], pad: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class _Layout:
+    """How the prompts of a batch share what they begin with.
+
+    Args:
+        rest: how many tokens at the end of every prompt are computed for it alone; those before are a beginning of
+            one of ``beginnings``.
+        beginnings: what is computed once, sorted; none begins another.
+    """
+
+    rest: int
+    beginnings: list[list[int]]
+
+    def tokens(self, n: int) -> int:
+        """Tokens computed for ``n`` prompts, padding included."""
+        return len(self.beginnings) * max(map(len, self.beginnings), default=0) + n * self.rest
+
+
+def _layout(prompts: Sequence[Sequence[int]]) -> _Layout | None:
+    """The layout that computes the fewest tokens; None where sharing spares too little to be worth a further call."""
+    ordered = sorted(map(list, prompts))
+    shared = [_n_alike(*pair) for pair in pairwise(ordered)]
+    # Only here does the number of beginnings change; generation needs one token to go on from.
+    rests = {max(1, len(ids) - max(pair)) for ids, *pair in zip(ordered, [0, *shared], [*shared, 0], strict=True)}
+    layouts = [_Layout(rest, _beginnings(ordered, rest)) for rest in rests]
+    best = min(layouts, key=lambda layout: layout.tokens(len(prompts)))
+    return best if best.tokens(len(prompts)) < _WORTH_SHARING * sum(map(len, prompts)) else None
+
+
+def _n_alike(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    return next((n for n, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))
+
+
+def _beginnings(prompts: Sequence[list[int]], rest: int) -> list[list[int]]:
+    """What is left of ``prompts`` without their last ``rest`` tokens, sorted, without what begins another."""
+    ordered = sorted(ids[:-rest] for ids in prompts if len(ids) > rest)
+    following = [*ordered, []][1:]
+    return [ids for ids, after in zip(ordered, following, strict=True) if after[: len(ids)] != ids]
+
+
+def _can_share(model: Any) -> bool:
+    """Whether all that the model keeps of earlier tokens are their keys and values."""
+    peft = getattr(model, "active_peft_config", None)
+    # The processes of a model in pieces must all make the same calls, and a cache has no place for virtual tokens.
+    if is_sharded(model) or (peft is not None and peft.is_prompt_learning):
+        return False
+    lm = model if peft is None else model.get_base_model()
+    if lm._is_stateful or "past_key_values" not in signature(lm.forward).parameters:
+        return False
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _continue(model: Any, prompts: list[Sequence[int]], pad: int, share: bool) -> list[list[int]]:
     """The new token ids after every prompt, up to max_new_tokens each; the longest prompt comes first."""
     width = len(prompts[0])
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    layout = _layout(prompts) if share else None
     out = model.generate(
         input_ids=torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
+        past_key_values=layout and _cache(model, prompts, layout, pad),
         synced_gpus=is_sharded(model),
     )
     return out[:, width:].tolist()
+
+
+def _cache(model: Any, prompts: list[Sequence[int]], layout: _Layout, pad: int) -> DynamicCache:
+    """Keys and values of every prompt but for its last ``layout.rest`` tokens, padded on the left."""
+    length = max(map(len, layout.beginnings))
+    # Padding on the right changes nothing before it.
+    ids = torch.tensor([[*b, *[pad] * (length - len(b))] for b in layout.beginnings], device=model.device)
+    once = DynamicCache()
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=once, max_new_tokens=1)
+    known = [list(prompt[: -layout.rest]) for prompt in prompts]
+    # The first beginning that is not before these tokens in the order starts with them.
+    which = torch.tensor([[bisect_left(layout.beginnings, k)] for k in known], device=model.device)
+    before = torch.tensor([[length - len(k)] for k in known], device=model.device)
+    where = (torch.arange(length, device=model.device) - before).clamp(min=0)
+
+    layers: list[Any] = once.layers
+    kept = [[x.transpose(1, 2)[which, where].transpose(1, 2) for x in (layer.keys, layer.values)] for layer in layers]
+    return DynamicCache([(keys, values) for keys, values in kept])
 
 
 def _texts(tokenizer: "PreTrainedTokenizerBase", answers: list[list[int]], ends: set[int]) -> list[str]:
