@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, help_text, add_arguments in (
         ("score", _score, "information gain of the key parts of every instance", _add_score),
         ("train", _train, "a continual run: gain, replay, objective, evaluation, report", _add_train),
+        ("eval", _eval, "score the answers of runs again and compare the runs, with intervals and tests", _add_eval),
+        ("ask", _ask, "ask a served or a local model what a run asks, to compare it", _add_ask),
+        ("harness", _harness, "write the questions of a run as lm-evaluation-harness tasks", _add_harness),
         ("report", _report, "compare runs: table, plots and one HTML page", _add_report),
         ("env", _env, "versions and hardware, as JSON", lambda _: None),
     ):
@@ -218,6 +221,93 @@ def _print_dry_run(config: "RunConfig", *, progress: bool) -> None:
     done = dry_run(config, progress=progress)
     if rank() == 0:
         print(done.to_text())
+
+
+def _add_ask(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file of a run: its data, steps, evaluation and template")
+    parser.add_argument("--model", required=True, help="its name on the server; hf: folder, hub name or 'bundled'")
+    parser.add_argument("--engine", choices=("hf", "openai"), default="hf", help="load the model, or ask a server")
+    parser.add_argument("--base-url", help="openai: address of the server; OPENAI_BASE_URL by default")
+    parser.add_argument("--out", type=Path, required=True, help="run folder to write")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from kpig_fast.endpoint import Endpoint
+    from kpig_fast.training.run_config import load_run_config
+
+    if arguments.base_url and arguments.engine == "hf":
+        raise ValueError(f"--base-url {arguments.base_url} is of no use to --engine hf; add --engine openai")
+    config = load_run_config(arguments.config, {"model": arguments.model, "output_dir": str(arguments.out)})
+    endpoint = Endpoint(arguments.model, arguments.base_url) if arguments.engine == "openai" else None
+    from transformers.utils.logging import disable_progress_bar
+
+    from kpig_fast.training.asking import ask_model
+
+    disable_progress_bar()
+    print(ask_model(config, endpoint, progress=not arguments.quiet).evaluation.format_table())
+    print(f"wrote {arguments.out}")
+
+
+def _add_harness(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file of a run: its data and evaluation")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, for lm_eval --include_path")
+    parser.add_argument("--name", default="kpig_suite", help="name of the group of all tasks")
+
+
+def _harness(arguments: argparse.Namespace) -> None:
+    from kpig_fast.evaluation.harness import write_harness_tasks
+    from kpig_fast.training.data import load_data
+    from kpig_fast.training.run_config import load_run_config
+
+    config = load_run_config(arguments.config)
+    settings = config.evaluation
+    collection, report = load_data(config.data, progress=True)
+    print(report)
+    written = write_harness_tasks(
+        collection,
+        arguments.out,
+        name=arguments.name,
+        split=settings.split,
+        limit=settings.limit,
+        demonstrations=settings.demonstrations,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    print(
+        f"wrote {len(written)} tasks; run: lm_eval --include_path {arguments.out} --tasks {arguments.name} --model hf"
+    )
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", help="output folders of kpig train or kpig ask")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for CSV, JSON and Markdown")
+    parser.add_argument("--baseline", help="arm that the others are compared with; that of the first run by default")
+    parser.add_argument("--judge", metavar="MODEL", help="served model that judges the tasks with metric gpt")
+    parser.add_argument("--judge-url", help="address of its server; OPENAI_BASE_URL by default")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from kpig_fast.data.files import write_lines
+    from kpig_fast.endpoint import Endpoint
+    from kpig_fast.evaluation.comparison import compare_runs
+    from kpig_fast.evaluation.comparison_tables import all_tables, summary_tables
+    from kpig_fast.evaluation.judge import EndpointJudge
+    from kpig_fast.training.stored_runs import open_runs
+
+    if arguments.judge_url and not arguments.judge:
+        raise ValueError(f"--judge-url {arguments.judge_url} has no judge; add --judge MODEL")
+    progress = not arguments.quiet
+    judge = None
+    if arguments.judge:
+        served = Endpoint(arguments.judge, arguments.judge_url, cache=arguments.out / "judge")
+        judge = EndpointJudge(served, progress)
+    runs = open_runs(_by_name(arguments.runs), progress=progress)
+    comparison = compare_runs(runs, baseline=arguments.baseline, judge=judge, progress=progress)
+    comparison.write(arguments.out)
+    write_lines(arguments.out / "comparison.md", [all_tables(comparison)])
+    print(summary_tables(comparison))
+    print(f"\nwrote {arguments.out}")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

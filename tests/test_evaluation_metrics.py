@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kpig_fast.evaluation.metrics import items, normalise, score
+from kpig_fast.evaluation.metrics import items, mean_tally, normalise, score, tally
 
 AUTOMATIC = ["acc", "match", "f1", "rougeL", "bleu"]
 
@@ -208,6 +208,49 @@ def test_bleu_gives_short_right_answers_everything_and_empty_ones_nothing():
 def test_bleu_never_passes_100():
     text = "the cat sat on the mat now"
     assert score("bleu", [text] * 150, [[text]] * 150) == 100
+
+
+sentences = st.lists(st.text("abc .,'X\u00e9", max_size=25), min_size=1, max_size=5)
+
+
+@given(answers=sentences, data=st.data())
+def test_bleu_from_counts_is_the_library_on_the_whole_corpus(answers, data):
+    from sacrebleu.metrics import BLEU
+
+    n_references = data.draw(st.integers(1, 2))
+    streams = [
+        data.draw(st.lists(st.text("abc .,'X\u00e9", max_size=25), min_size=len(answers), max_size=len(answers)))
+        for _ in range(n_references)
+    ]
+    expected = BLEU(lowercase=True, effective_order=True, force=True).corpus_score(answers, streams).score
+    assert score("bleu", answers, list(zip(*streams))) == pytest.approx(expected, abs=1e-9)
+
+
+ANSWERS = ["the cat sat on the mat", "a dog", "", "a, b and c", "the cat"]
+REFERENCES = [["the cat sat on a mat"], ["a dog", "dogs"], ["x"], ["c, b, a"], ["The cat."]]
+
+
+@pytest.mark.parametrize("metric", AUTOMATIC)
+@given(chosen=st.lists(st.integers(0, 4), min_size=5, max_size=5))
+def test_a_tally_gives_the_score_of_any_choice_of_answers(metric, chosen):
+    found = tally(metric, ANSWERS, REFERENCES)
+    assert found is not None
+    expected = score(metric, [ANSWERS[n] for n in chosen], [REFERENCES[n] for n in chosen])
+    assert found.of_sums(found.counts[chosen].sum(0)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_tally_takes_many_choices_at_once():
+    for metric in AUTOMATIC:
+        found = tally(metric, ANSWERS, REFERENCES)
+        assert found is not None
+        many = found.of_sums(found.counts[[[0] * 5, [1] * 5, [0, 1, 2, 3, 4]]].sum(1))
+        assert many.shape == (3,)
+        assert many[2] == pytest.approx(found.value)
+
+
+def test_a_tally_of_values_is_their_mean():
+    assert mean_tally([0.0, 100.0, 50.0, 50.0]).value == 50
+    assert tally("gpt", ["a"], [["a"]]) is None
 
 
 def test_mean_over_answers():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kpig_fast.evaluation.history import backward_transfer, forgetting
-from kpig_fast.evaluation.tables import EvaluationResult, TaskResult
+from kpig_fast.evaluation.tables import EvaluationResult, TaskResult, markdown_table
 
 RESULT = EvaluationResult(
     [
@@ -111,6 +111,15 @@ def test_table_without_unscored_or_held_out_tasks():
         ["tense", "seen"],
         ["mean", "seen"],
         ["mean", "all"],
+    ]
+
+
+def test_markdown_table_is_aligned_as_text():
+    assert markdown_table([["arm", "P"], ["a|b", "7.0"], ["long name", "100.0"]]).splitlines() == [
+        "| arm       |     P |",
+        "| --------- | ----: |",
+        "| a\\|b      |   7.0 |",
+        "| long name | 100.0 |",
     ]
 
 

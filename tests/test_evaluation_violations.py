@@ -180,6 +180,14 @@ def test_labels_are_exact(answer, inside):
     assert violations(Constraints(labels=("User", "Agent")), answer) == {"OOS": not inside}
 
 
+@pytest.mark.parametrize("answer", ["caf\u00e9", "cafe\u0301"])
+@pytest.mark.parametrize("right", ["caf\u00e9", "cafe\u0301"])
+def test_scope_does_not_see_how_a_letter_is_composed(answer, right):
+    assert violations(Constraints(labels=(right,)), answer) == {"OOS": False}
+    assert violations(Constraints(spans_of_context=True), answer, f"the {right} there") == {"OOS": False}
+    assert violations(Constraints(labels=(right,)), "cafe") == {"OOS": True}
+
+
 def test_labels_hold_item_by_item_in_lists():
     steps = Constraints(labels=("WALK", "RUN", "a, b"), format=(FormatRule(kind="delimiter", text=", "),))
     assert violations(steps, "RUN, WALK, RUN") == {"WFR": False, "OOS": False}

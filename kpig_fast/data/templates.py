@@ -35,7 +35,7 @@ class PlainTemplate:
 
     def prompts(self, questions: Sequence[Question]) -> list[Ids]:
         """Prompt ids of every question, with the special tokens that the tokenizer puts at the start."""
-        texts = [self._text(*question) for question in questions]
+        texts = [self.text(*question) for question in questions]
         prompts = _tokenize(self._tokenizer, texts, add_special_tokens=True)
         # Some tokenizers close every text with the end-of-sequence token; a prompt goes on.
         return [ids[:-1] if ids[-1] == self.end_id else ids for ids in prompts]
@@ -53,7 +53,9 @@ class PlainTemplate:
         return _tokenize(self._tokenizer, [text])[0]
 
     @staticmethod
-    def _text(instruction: str, context: str, demonstrations: Sequence[Demonstration]) -> str:
+    def text(instruction: str, context: str, demonstrations: Sequence[Demonstration]) -> str:
+        """The prompt of a question as text."""
+
         def ask(context: str) -> str:
             return f"Input: {context}\n\nOutput:" if context else "Output:"
 
@@ -88,7 +90,7 @@ class ChatTemplate:
 
     def prompts(self, questions: Sequence[Question]) -> list[Ids]:
         """Prompt ids of every question, the template's generation prompt included."""
-        texts = self._render([self._messages(*question) for question in questions], add_generation_prompt=True)
+        texts = self._render([self.messages(*question) for question in questions], add_generation_prompt=True)
         return _tokenize(self._tokenizer, texts)
 
     def responses(
@@ -100,7 +102,7 @@ class ChatTemplate:
             ValueError: a prompt is no token prefix of its conversation.
         """
         answered = zip(instances, questions, strict=True)
-        texts = self._render([[*self._messages(*q), _message("assistant", i.output)] for i, q in answered])
+        texts = self._render([[*self.messages(*q), _message("assistant", i.output)] for i, q in answered])
         rows = _tokenize(self._tokenizer, [text.removesuffix(self._cut) for text in texts])
         return [self._after_prompt(*row) for row in zip(instances, prompts, rows, strict=True)]
 
@@ -120,7 +122,9 @@ class ChatTemplate:
         return texts
 
     @staticmethod
-    def _messages(instruction: str, context: str, demonstrations: Sequence[Demonstration]) -> list[dict[str, str]]:
+    def messages(instruction: str, context: str, demonstrations: Sequence[Demonstration]) -> list[dict[str, str]]:
+        """The turns of a conversation that ends with the question."""
+
         def ask(context: str) -> dict[str, str]:
             return _message("user", f"{instruction}\n\n{context}" if context else instruction)
 

@@ -1,16 +1,17 @@
 """Evaluation of a model on a collection of tasks: ask, keep the answers, score them."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from kpig_fast.data.files import write_lines
 from kpig_fast.data.schema import Row, Split, Task, TaskCollection
-from kpig_fast.evaluation.metrics import score
+from kpig_fast.data.templates import Question
+from kpig_fast.evaluation.metrics import Tally, mean_tally, tally
 from kpig_fast.evaluation.tables import EvaluationResult, TaskResult
 from kpig_fast.evaluation.violations import Violation, violations
 
@@ -142,16 +143,41 @@ def check_questions(
     check_prompts(model, prompts, [row_name(row) for row in asked], max_new_tokens)
 
 
-def score_predictions(predictions: Iterable[Prediction], collection: TaskCollection) -> EvaluationResult:
+Judge = Callable[[Task, Sequence[Prediction]], list[bool]]
+"""Says of answers to a task, one by one, whether they are reasonable."""
+
+
+def score_predictions(
+    predictions: Iterable[Prediction], collection: TaskCollection, judge: Judge | None = None
+) -> EvaluationResult:
     """Score answers again without the model, by the metrics and constraints that ``collection`` has now.
 
-    Tasks come in the order of their first answer. Raises ValueError for an answer of an unknown task.
+    Tasks come in the order of their first answer. Tasks with metric ``gpt`` are scored by ``judge``, without one they
+    are not. Raises ValueError for an answer of an unknown task.
     """
     by_task: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         by_task.setdefault(prediction.task, []).append(prediction)
     known = collection.select(list(by_task)).tasks
-    return EvaluationResult([_result(task, by_task[name]) for name, task in known.items()])
+    return EvaluationResult([_result(task, by_task[name], judge) for name, task in known.items()])
+
+
+def tallies(task: Task, predictions: Sequence[Prediction], judge: Judge | None = None) -> dict[str, Tally]:
+    """The figures of the answers to ``task``, each 0–100: ``P`` where it is scored, ``V`` and the rates that apply.
+
+    ``V`` is the mean of those rates. Without a ``judge`` tasks with metric ``gpt`` are not scored.
+    """
+    found: dict[str, Tally | None] = {}
+    if task.metric == "gpt" and judge is not None:
+        found["P"] = mean_tally([100.0 * verdict for verdict in judge(task, predictions)])
+    else:
+        answers, references = [one.answer for one in predictions], [one.references for one in predictions]
+        found["P"] = tally(task.metric, answers, references)
+    broken = [violations(task.constraints, one.answer, one.context) for one in predictions]
+    if broken[0]:
+        found["V"] = mean_tally([100 * sum(one.values()) / len(one) for one in broken])
+    found |= {kind: mean_tally([100.0 * one[kind] for one in broken]) for kind in broken[0]}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
@@ -172,6 +198,26 @@ def read_predictions(path: Path) -> list[Prediction]:
     return predictions
 
 
+def questions(
+    collection: TaskCollection,
+    tasks: Sequence[str] | None = None,
+    split: Split = "test",
+    limit: int | None = None,
+    demonstrations: int = 2,
+) -> list[tuple[Row, Question]]:
+    """What ``evaluate`` with the same arguments asks: the rows, and the question of each.
+
+    Raises:
+        ValueError: an unknown task, or a task without rows in ``split``.
+    """
+    chosen = collection if tasks is None else collection.select(tasks)
+    return [
+        (row, _question(task, row, demonstrations))
+        for task in chosen.tasks.values()
+        for row in _rows(chosen, task, split, limit)
+    ]
+
+
 def _questions(
     collection: TaskCollection,
     encoder: "PromptEncoder",
@@ -181,9 +227,8 @@ def _questions(
     demonstrations: int,
 ) -> tuple[list[Row], list[list[int]]]:
     """The rows to ask, and the prompt of each."""
-    chosen = collection if tasks is None else collection.select(tasks)
-    asked = [(task, row) for task in chosen.tasks.values() for row in _rows(chosen, task, split, limit)]
-    return [row for _, row in asked], [_prompt(encoder, task, row, demonstrations) for task, row in asked]
+    asked = questions(collection, tasks, split, limit, demonstrations)
+    return [row for row, _ in asked], [encoder.prompt(*question) for _, question in asked]
 
 
 def row_name(row: Row) -> str:
@@ -201,14 +246,13 @@ def _rows(collection: TaskCollection, task: Task, split: Split, limit: int | Non
     return rows
 
 
-def _prompt(encoder: "PromptEncoder", task: Task, row: Row, demonstrations: int) -> list[int]:
+def _question(task: Task, row: Row, demonstrations: int) -> Question:
     shown = task.demonstrations[:demonstrations] if task.role == "held_out" else ()
-    return encoder.prompt(task.instructions[0].text, row.context, shown)
+    return Question(task.instructions[0].text, row.context, shown)
 
 
-def _result(task: Task, predictions: list[Prediction]) -> TaskResult:
-    answers = [prediction.answer for prediction in predictions]
-    p = score(task.metric, answers, [prediction.references for prediction in predictions])
-    found = [violations(task.constraints, prediction.answer, prediction.context) for prediction in predictions]
-    rates: dict[Violation, float] = {name: 100 * sum(one[name] for one in found) / len(found) for name in found[0]}
-    return TaskResult(task.task, task.role, task.category, task.metric, p, rates, len(answers))
+def _result(task: Task, predictions: list[Prediction], judge: Judge | None) -> TaskResult:
+    found = tallies(task, predictions, judge)
+    p = found["P"].value if "P" in found else None
+    rates: dict[Violation, float] = {kind: found[kind].value for kind in get_args(Violation) if kind in found}
+    return TaskResult(task.task, task.role, task.category, task.metric, p, rates, len(predictions))

@@ -28,10 +28,12 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from itertools import zip_longest
-from statistics import fmean
 from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kpig_fast.data.schema import Metric
 
@@ -39,6 +41,29 @@ _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "«": "»"}
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
 Item = str | tuple["Item", ...]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A figure of one task as what is counted in each of its answers, so that it can be had of any choice of them.
+
+    Args:
+        counts: float64 [n, c], a row for every answer.
+        of_sums: [..., c], sums of n of these rows, to the figure [...] of those n answers.
+    """
+
+    counts: NDArray[np.float64]
+    of_sums: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+    @property
+    def value(self) -> float:
+        """The figure of all the answers."""
+        return float(self.of_sums(self.counts.sum(0)))
+
+
+def mean_tally(values: Sequence[float]) -> Tally:
+    """The mean of one value an answer."""
+    return Tally(np.asarray(values, float)[:, None], lambda sums: sums[..., 0] / len(values))
 
 
 def score(metric: Metric, answers: Sequence[str], references: Sequence[Sequence[str]]) -> float | None:
@@ -53,6 +78,12 @@ def score(metric: Metric, answers: Sequence[str], references: Sequence[Sequence[
         ValueError: unknown metric, no answers, lengths that differ, or an answer without references.
         ModuleNotFoundError: the library of the metric is not installed.
     """
+    found = tally(metric, answers, references)
+    return None if found is None else found.value
+
+
+def tally(metric: Metric, answers: Sequence[str], references: Sequence[Sequence[str]]) -> Tally | None:
+    """``score`` as what is counted in each answer. Arguments and errors are those of ``score``."""
     if not answers or len(answers) != len(references):
         raise ValueError(
             f"{len(answers)} answers and {len(references)} references; need at least one, and as many of each"
@@ -75,7 +106,7 @@ def score(metric: Metric, answers: Sequence[str], references: Sequence[Sequence[
             return None
         case _:
             raise ValueError(f"unknown metric {metric!r}; choose one of {', '.join(get_args(Metric))}")
-    return 100 * fmean(map(compare, answers, references))
+    return mean_tally([100 * compare(answer, right) for answer, right in zip(answers, references)])
 
 
 def normalise(text: str) -> str:
@@ -141,12 +172,24 @@ class _WordTokenizer:
         return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
 
 
-def _bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    metric = _library("sacrebleu.metrics").BLEU(lowercase=True, effective_order=True, force=True)
-    # The library wants one list per reference position, with None where an answer has fewer.
-    streams = [list(stream) for stream in zip_longest(*references)]
-    # Its sum of logarithms can end a rounding error above 100.
-    return min(metric.corpus_score(list(answers), streams).score, 100.0)
+def _bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Tally:
+    metric = _library("sacrebleu.metrics").BLEU(lowercase=True, effective_order=True)
+    # The BLEU of a corpus is that of the sums of what is counted in its sentences.
+    found = [metric.sentence_score(answer, list(right)) for answer, right in zip(answers, references)]
+    order = metric.max_ngram_order
+
+    def bleu(sums: NDArray[np.float64]) -> float:
+        counted = [int(number) for number in sums]
+        result = metric.compute_bleu(
+            counted[:order], counted[order:-2], *counted[-2:], smooth_method="exp", effective_order=True
+        )
+        # The library's sum of logarithms can end a rounding error above 100.
+        return min(result.score, 100.0)
+
+    return Tally(
+        np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found], float),
+        lambda sums: np.apply_along_axis(bleu, -1, sums),
+    )
 
 
 def _library(name: str) -> Any:

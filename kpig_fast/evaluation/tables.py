@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import get_args
@@ -105,6 +105,16 @@ class EvaluationResult:
     def _scores(self) -> dict[str, dict[str, float | None]]:
         present = [role for role in get_args(Role) if self._of(role)]
         return {role or "all": {"p": self.p_score(role), "v": self.v_score(role)} for role in (*present, None)}
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that is aligned as text too; the first row is its header, and all columns but the first are
+    figures. No new line after the last row."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    first, *figures = [max(map(len, column)) for column in zip(*escaped, strict=True)]
+    lines = [[row[0].ljust(first), *map(str.rjust, row[1:], figures)] for row in escaped]
+    rule = ["-" * max(first, 3), *("-" * max(width - 1, 2) + ":" for width in figures)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -1,7 +1,7 @@
 """The violations behind the V-score, checked by rules and exactly (He et al., ACL 2025).
 
 ``WFR``: wrong format. ``OOS``: out of the allowed scope. ``WR``: wordy. Letter case, quotes and every blank inside the
-answer count; white space around it does not.
+answer count; white space around it does not, nor does how Unicode composes an accented letter.
 
 The items of an answer are the elements of a JSON list where the answer is one, otherwise the pieces between the
 separator ``text`` of the rule. Scope is checked item by item where a rule of form makes the answer a list.
@@ -9,6 +9,7 @@ separator ``text`` of the rule. Scope is checked item by item where a rule of fo
 
 import json
 import re
+import unicodedata
 from typing import Any, Literal
 
 from kpig_fast.data.schema import Constraints, FormatRule
@@ -30,7 +31,7 @@ def violations(constraints: Constraints, answer: str, context: str = "") -> dict
         answer: what the model said.
         context: the context of the question, for ``spans_of_context``.
     """
-    answer = answer.strip()
+    answer, context = _composed(answer.strip()), _composed(context)
     found: dict[Violation, bool] = {}
     if constraints.format:
         found["WFR"] = not answer or not all(_obeys(rule, answer) for rule in constraints.format)
@@ -44,9 +45,14 @@ def violations(constraints: Constraints, answer: str, context: str = "") -> dict
 def _in_scope(constraints: Constraints, answer: str, context: str) -> bool:
     listing = next((rule for rule in constraints.format if rule.kind in _LISTING), None)
     parts = [answer] if listing is None else _items(answer, listing.text)
-    if constraints.labels and answer not in constraints.labels and not set(parts) <= set(constraints.labels):
+    labels = set(map(_composed, constraints.labels))
+    if labels and answer not in labels and not set(parts) <= labels:
         return False
     return not constraints.spans_of_context or all(part in context for part in parts)
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def _obeys(rule: FormatRule, answer: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from kpig_fast.evaluation.runs import Scores, StepMetrics, split_untrained, summarise
+from kpig_fast.evaluation.tables import markdown_table
 
 TableForm = Literal["text", "markdown", "csv"]
 
@@ -41,9 +42,7 @@ def comparison_table(runs: Mapping[str, Sequence[StepMetrics]], form: TableForm 
         return _csv([["run", *_COLUMNS], *([name, *figures] for name, figures in _rows(runs))])
     cells = comparison_cells(runs)
     if form == "markdown":
-        escaped = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-        rule = ["---", *["---:"] * len(_COLUMNS)]
-        return "\n".join(f"| {' | '.join(row)} |" for row in [escaped[0], rule, *escaped[1:]])
+        return markdown_table(cells)
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
 
