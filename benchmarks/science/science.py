@@ -61,7 +61,14 @@ def select(stream: str, runs: Path, results: Path, processes: int, seeds: Sequen
     print(f"wrote {results / CHOSEN}: {chosen}")
 
 
-def compare(stream: str, runs: Path, results: Path, processes: int, seeds: Sequence[int] = SEEDS) -> None:
+def compare(
+    stream: str,
+    runs: Path,
+    results: Path,
+    processes: int,
+    seeds: Sequence[int] = SEEDS,
+    arms: Sequence[str] = tuple(ARMS),
+) -> None:
     """Run every arm with every seed, and write the tables and figures."""
     chosen = _chosen(results)
     jobs = {
@@ -71,7 +78,7 @@ def compare(stream: str, runs: Path, results: Path, processes: int, seeds: Seque
             {**_settings(arm, chosen), "seed": seed},
         )
         # All arms of a seed before the next one: a table of fewer seeds is a table.
-        for seed, arm in product(seeds, ARMS)
+        for seed, arm in product(seeds, arms)
     }
     run_all(list(jobs.values()), processes)
     write_comparison({name: job.folder for name, job in jobs.items()}, results)
@@ -128,12 +135,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/science"))
     parser.add_argument("--results", type=Path, default=HERE.parent / "results" / "science")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    parser.add_argument("--arms", choices=ARMS, nargs="+", help="compare: only these, kpig among them")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the table")
     arguments = parser.parse_args(argv)
     results = arguments.results / arguments.stream
     results.mkdir(parents=True, exist_ok=True)
-    seeds = {"seeds": arguments.seeds} if arguments.seeds else {}
-    tables[arguments.table](arguments.stream, arguments.runs / arguments.stream, results, arguments.processes, **seeds)
+    given = {name: getattr(arguments, name) for name in ("seeds", "arms") if getattr(arguments, name)}
+    if "arms" in given and arguments.table != "compare":
+        parser.error(f"{arguments.table} has no arms to choose from; leave --arms out")
+    tables[arguments.table](arguments.stream, arguments.runs / arguments.stream, results, arguments.processes, **given)
 
 
 if __name__ == "__main__":
