@@ -1,5 +1,6 @@
 """Work shared over the processes of one launch (``torchrun``, ``accelerate launch``); a lone process does all of it."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -28,8 +29,10 @@ def wait() -> None:
 
 
 def leave() -> None:
-    """End what the processes have in common, when the work of all is done."""
+    """End what the processes have in common, when the work of all is done and no wrapped model is in use any more."""
     if _together():
+        # A wrapper of DDP that outlived the group would end it while it holds the interpreter's lock: for ever.
+        gc.collect()
         wait()
         # Its threads, still running when the interpreter ends, would end the process by a signal.
         distributed.destroy_process_group()

@@ -71,7 +71,6 @@ def main(out: Path, *changes: str) -> None:
         result["elements"] = sum(p.numel() for p in trainer.model.parameters())
         result["flos"] = trainer.state.total_flos
         (out / "result.json").write_text(json.dumps(result))
-    leave()
 
 
 def allow_sharding_on_cpu() -> None:
@@ -110,3 +109,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "kpig":
         sys.exit(cli.main(sys.argv[2:]))
     main(Path(sys.argv[1]), *sys.argv[2:])
+    leave()
