@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import HfDeepSpeedConfig
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from training_cases import config, tiny
 
 from kpig_fast.training import placement
