@@ -244,13 +244,10 @@ class Stream:
             self.model,
             self.tokenizer,
             self.collection,
-            encoder=self.planner.scorer.encoder,
             tasks=tasks,
-            split=settings.split,
             limit=settings.limit,
-            max_new_tokens=settings.max_new_tokens,
             demonstrations=settings.demonstrations,
-            progress=self.progress,
+            **self._asking(),
             predictions_path=folder / PREDICTIONS_FILE if rank() == 0 else None,
         )
         metrics = StepMetrics(
@@ -274,20 +271,20 @@ class Stream:
         self.say(_line(metrics, len(self.steps)))
 
     def _half_listening(self, folder: Path, tasks: Sequence[str]) -> tuple[Obedience, ...]:
+        path = folder / HALF_LISTENING_FILE if rank() == 0 else None
+        limit = self.config.evaluation.half_listening
+        options = {"tasks": tasks, "limit": limit, "predictions_path": path, **self._asking()}
+        return tuple(half_listening(self.model, self.tokenizer, self.collection, **options))
+
+    def _asking(self) -> dict[str, Any]:
+        """What all questions of this run are asked with."""
         settings = self.config.evaluation
-        results = half_listening(
-            self.model,
-            self.tokenizer,
-            self.collection,
-            encoder=self.planner.scorer.encoder,
-            tasks=tasks,
-            split=settings.split,
-            limit=settings.half_listening,
-            max_new_tokens=settings.max_new_tokens,
-            progress=self.progress,
-            predictions_path=folder / HALF_LISTENING_FILE if rank() == 0 else None,
-        )
-        return tuple(results)
+        return {
+            "encoder": self.planner.scorer.encoder,
+            "split": settings.split,
+            "max_new_tokens": settings.max_new_tokens,
+            "progress": self.progress,
+        }
 
     def _mean_gains(self, tasks: Sequence[str]) -> dict[str, float]:
         settings = self.config.evaluation
