@@ -26,7 +26,14 @@ CHANGES = {**SIX, "learning_rate": 0.02, "max_grad_norm": 1.0, "max_tokens": 90}
 
 
 class Gathered(Recorded):
-    """Keeps the loss of every optimizer step, over all processes."""
+    """Keeps the loss of every optimizer step, over all processes; a tree of more than ``room`` tokens has no room."""
+
+    room = 1_000_000
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if len(inputs["forest"].tree) > self.room:
+            raise torch.OutOfMemoryError("no room.")
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     @property
     def step_losses(self) -> list[float]:
@@ -38,8 +45,10 @@ class Gathered(Recorded):
 
 def train(folder: Path, **changes) -> Gathered:
     torch.set_num_threads(1)
-    resume = changes.pop("resume", None)
+    resume, room = changes.pop("resume", None), changes.pop("room", None)
     trainer = Gathered(tiny(), config(folder, **{**CHANGES, **changes}), INSTANCES, TOKENIZER)
+    if room and rank() == 1:
+        trainer.room = room
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -70,6 +79,7 @@ def main(out: Path, *changes: str) -> None:
         result["hooks"] = n_hooks(trainer.model)
         result["elements"] = sum(p.numel() for p in trainer.model.parameters())
         result["flos"] = trainer.state.total_flos
+        result["max_tokens"] = trainer.data_collator.max_tokens
         (out / "result.json").write_text(json.dumps(result))
 
 

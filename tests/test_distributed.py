@@ -76,6 +76,18 @@ def test_two_processes_train_as_one(name: str, tmp_path: Path, alone: distribute
     assert_same_weights(found, weights(alone.model), weights(tiny()), 1e-5)
 
 
+def test_two_processes_halve_when_one_runs_out_of_memory(tmp_path: Path, alone: distributed_worker.Gathered) -> None:
+    launch("ddp", WORKER, str(tmp_path), "per_device_train_batch_size=3", "max_tokens=180", "room=120")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["max_tokens"] == 90
+    assert result["losses"] == pytest.approx(alone.step_losses, rel=1e-5)
+    expected = [entry["cross_entropy"] for entry in alone.state.log_history if "cross_entropy" in entry]
+    assert result["logs"] == pytest.approx(expected, rel=1e-5)
+    found = tiny()
+    found.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    assert_same_weights(found, weights(alone.model), weights(tiny()), 1e-5)
+
+
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_two_processes_resume(name: str, tmp_path: Path) -> None:
     options = ["per_device_train_batch_size=3", 'save_strategy="steps"', "save_steps=3", 'optim="adamw_torch"']

@@ -63,9 +63,10 @@ def test_a_single_instance_without_room_is_an_error(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_several_processes_are_told_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_with_pieces_of_a_model_are_told_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Small(tiny(), config(tmp_path, **OPTIONS, max_tokens=4096), INSTANCES, TOKENIZER)
     inputs = trainer.data_collator(list(map(module.TrainingExample, trainer.pairs)))
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    trainer.is_fsdp_enabled = True
     with pytest.raises(torch.OutOfMemoryError, match=r"training\.max_tokens to 2048 and start again"):
         trainer.training_step(trainer.model, inputs, torch.tensor(1))

@@ -71,3 +71,5 @@ class KPIGConfig(TrainingArguments):
             )
         # The instances are objects of ours, not columns that the model's forward would know.
         self.remove_unused_columns = False
+        # Buffers of a language model are constants, and a process out of memory would begin its pass again alone.
+        self.ddp_broadcast_buffers = False

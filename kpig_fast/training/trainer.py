@@ -194,24 +194,19 @@ class KPIGTrainer(Trainer):
     ) -> Tensor:
         """One forward and backward pass for each forest of the micro-batch; the sum of their losses.
 
-        When memory runs out, the budget of a tree is halved and the micro-batches since the last optimizer step are
-        taken again, so that the result is the same; with several processes it is an error that names the fix.
+        When memory runs out, in whichever process, the budget of a tree is halved in all of them and the micro-batches
+        since the last optimizer step are taken again, so that the result is the same. Where the processes hold pieces
+        of the model (FSDP, DeepSpeed) it is an error that names the fix: they cannot leave a pass that others are in.
         """
         self._taken.append(inputs)
-        try:
-            loss = self._accumulate(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError as error:
-            if self.args.world_size > 1:
-                raise torch.OutOfMemoryError(
-                    f"{error} Out of memory with trees of {self.data_collator.max_tokens} tokens: set "
-                    f"training.max_tokens to {self.data_collator.max_tokens // 2} and start again; the run goes on "
-                    "from its newest checkpoint"
-                ) from error
-            # Outside of this block: the error keeps what filled the memory.
-            loss = None
-        if loss is None:
-            loss = self._accumulate_smaller(model, num_items_in_batch)
+        loss = self._try(model, [inputs], num_items_in_batch)
+        while loss is None:
+            self._halve(model)
+            loss = self._try(model, self._taken, num_items_in_batch)
         if self.accelerator.sync_gradients:
+            if self._whole_in_each:
+                # With nothing of its own to add, it exchanges what all have added.
+                super().training_step(model, {"forest": filler_forest()}, num_items_in_batch)
             if self.penalty is not None:
                 scaler = self.accelerator.scaler
                 self.penalty.add_gradient(1.0 if scaler is None else scaler.get_scale())
@@ -219,21 +214,41 @@ class KPIGTrainer(Trainer):
             self._tally.settle()
         return loss
 
+    @property
+    def _whole_in_each(self) -> bool:
+        """Several processes, each with the whole model (DDP)."""
+        return self.args.world_size > 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+
+    def _try(self, model: nn.Module, batches: list[dict[str, Any]], n_items: Tensor | int | None) -> Tensor | None:
+        """Add the gradients of ``batches``; the loss of the last, or None if memory ran out in one of the processes."""
+        try:
+            loss = [self._accumulate(model, inputs, n_items) for inputs in batches][-1]
+        except torch.OutOfMemoryError as error:
+            if self.args.world_size > 1 and not self._whole_in_each:
+                raise torch.OutOfMemoryError(
+                    f"{error} Out of memory with trees of {self.data_collator.max_tokens} tokens: set "
+                    f"training.max_tokens to {self.data_collator.max_tokens // 2} and start again; the run goes on "
+                    "from its newest checkpoint"
+                ) from error
+            loss = None
+        return loss if not self._whole_in_each or all(gather([loss is not None])) else None
+
     def _accumulate(self, model: nn.Module, inputs: dict[str, Any], n_items: Tensor | int | None) -> Tensor:
-        """Add a micro-batch's gradients. Processes exchange them behind the last forest of the optimizer step."""
+        """Add a micro-batch's gradients. Pieces of a model are exchanged behind its last forest, if not before."""
         if inputs["max_tokens"] > self.data_collator.max_tokens:
             # It was laid out before the budget was halved.
             inputs = self.data_collator(inputs["examples"])
         forests, losses = inputs["forests"], []
         for i, forest in enumerate(forests, start=1):
-            with nullcontext() if i == len(forests) else self._not_exchanged(model):
+            last = i == len(forests) and not self._whole_in_each
+            with nullcontext() if last else self._not_exchanged(model):
                 losses.append(super().training_step(model, {"forest": forest}, n_items))
         self._tally.add_batch(int(inputs["n_instances"]), int(inputs["n_tokens"]))
         return torch.stack(losses).sum()
 
     @contextmanager
     def _not_exchanged(self, model: nn.Module) -> Iterator[None]:
-        """Another forest of the micro-batch follows. FSDP exchanges even so: whole gradients have no room."""
+        """Another forest follows. FSDP exchanges even so: whole gradients have no room."""
         exchanged = self.accelerator.sync_gradients
         waits = self.args.world_size > 1 and exchanged and not self.is_fsdp_enabled
         # This alone is what DeepSpeed goes by.
@@ -244,20 +259,16 @@ class KPIGTrainer(Trainer):
         finally:
             self.accelerator.gradient_state._set_sync_gradients(exchanged)
 
-    def _accumulate_smaller(self, model: nn.Module, n_items: Tensor | int | None) -> Tensor:
-        while True:
-            if self.data_collator.max_tokens == 1:
-                raise torch.OutOfMemoryError("out of memory with a single instance; shorten it or use a smaller model")
-            self.data_collator.max_tokens //= 2
-            warnings.warn(f"out of memory: trees have {self.data_collator.max_tokens} tokens from now on", stacklevel=2)
-            model.zero_grad()
-            self._tally.forget()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            try:
-                return [self._accumulate(model, inputs, n_items) for inputs in self._taken][-1]
-            except torch.OutOfMemoryError:
-                pass
+    def _halve(self, model: nn.Module) -> None:
+        """Halve the budget of a tree, and forget what was added since the last optimizer step."""
+        if self.data_collator.max_tokens == 1:
+            raise torch.OutOfMemoryError("out of memory with a single instance; shorten it or use a smaller model")
+        self.data_collator.max_tokens //= 2
+        warnings.warn(f"out of memory: trees have {self.data_collator.max_tokens} tokens from now on", stacklevel=2)
+        model.zero_grad()
+        self._tally.forget()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def compute_loss(
         self,
