@@ -26,10 +26,10 @@ from kpig_fast.data.lengths import check_collection_lengths
 from kpig_fast.data.natural_instructions import load_natural_instructions
 from kpig_fast.data.schema import PoolInstruction, Row, Task, TaskCollection
 from kpig_fast.data.validation import ValidationReport
+from kpig_fast.evaluation.runs import step_folder
 from kpig_fast.method.replay import ReplayPlan
-from kpig_fast.training.planning import Planner
+from kpig_fast.training.planning import TRAINER_FOLDER, Planner, training_arguments
 from kpig_fast.training.run_config import DataConfig, ReplayConfig, RunConfig
-from kpig_fast.training.stream import training_arguments
 from kpig_fast.tree.model import position_limit
 
 # The same earlier tasks are planned for in one plan, and in so many plans for equal parts of them: so an earlier task
@@ -88,12 +88,14 @@ class Planning:
         planners = [self.planner(folder / str(i), part) for i, part in enumerate(parts)]
         return lambda: [planner.plan(1) for planner in planners]
 
-    def trainer(self, folder: Path, plan: ReplayPlan) -> KPIGTrainer:
-        """A silent trainer of a copy of the model on the new task and on what ``plan`` replays."""
+    def trainer(self, folder: Path) -> KPIGTrainer:
+        """A silent trainer of a copy of the model on the new task and on what a plan for all earlier ones replays."""
         rmtree(folder, ignore_errors=True)
         planner = self.planner(folder, self.earlier)
-        args = training_arguments(planner.config, folder / "trainer", 1)
-        made = KPIGTrainer(copy.deepcopy(self.model), args, planner.instances(1, plan), self.tokenizer)
+        plan = planner.plan(1)
+        args = training_arguments(planner.config, step_folder(folder, 1) / TRAINER_FOLDER, 1)
+        instances, planned = planner.instances(1, plan), planner.planned(plan)
+        made = KPIGTrainer(copy.deepcopy(self.model), args, instances, self.tokenizer, planned=planned)
         made.remove_callback(PrinterCallback)
         return made
 
@@ -225,8 +227,8 @@ def main(command: Sequence[str] | None = None) -> None:
         for several in made.values():
             check(plan, several)
         runs: dict[str, Contestant] = {named(size): partial(p.plans, folder, size) for size in p.sizes}
-        runs[PREPASS] = lambda: p.trainer(folder, plan).prepare_teacher
-        runs[STEP] = lambda: p.trainer(folder, plan).train
+        runs[PREPASS] = lambda: p.trainer(folder).prepare_teacher
+        runs[STEP] = lambda: p.trainer(folder).train
         seconds = race(runs, arguments.rounds, processor_time=arguments.processor_time)
     facts = {
         "model": arguments.model.name if arguments.model else "random",

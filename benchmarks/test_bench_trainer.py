@@ -216,16 +216,18 @@ def test_plans_are_made_anew_for_all_earlier_tasks(planned: Planning, monkeypatc
 @needs_data
 def test_step_trains_the_new_task_and_what_is_replayed(planned: Planning, tmp_path: Path) -> None:
     p = planned
-    (one,) = p.plans(tmp_path / "plans", 8)()
-    made = p.trainer(tmp_path / "run", one)
+    made = p.trainer(tmp_path / "run")
     assert made.args.train_batch_size == 48
     assert len(made.pairs) == 3 + 8 * 2
+    assert made.pairs[3:] == made.planned
+    teacher = tmp_path / "run/step-01/trainer/teacher"
+    (of_the_plan,) = teacher.glob("part-*")
     before = {name: x.clone() for name, x in p.model.state_dict().items()}
     made.train()
-    assert list(tmp_path.glob("run/trainer/teacher/part-*"))
+    assert {of_the_plan} < {*teacher.glob("part-*")}
     assert all((x == before[name]).all() for name, x in p.model.state_dict().items())
-    p.trainer(tmp_path / "run", one)
-    assert not list(tmp_path.glob("run/trainer/teacher/part-*"))
+    p.trainer(tmp_path / "run")
+    assert [*teacher.glob("part-*")] == [of_the_plan]
 
 
 @needs_data

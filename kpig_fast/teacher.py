@@ -36,13 +36,13 @@ class Teacher:
 
     Attributes:
         gain: float64 [n], G of each instance.
-        offsets: int64 [n + 1]; the masked response rows of instance i are ``offsets[i] : offsets[i + 1]``.
+        starts: int64 [n], the first masked response row of each instance; its others follow.
         parts: the hidden states [M_j, D] of consecutive rows, mapped from their files.
         weight, bias: the old head [V, D], [V]; None what is not trained, so that the model's own stays the old one.
     """
 
     gain: Tensor
-    offsets: Tensor
+    starts: Tensor
     parts: Sequence[Tensor]
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -54,12 +54,12 @@ class Teacher:
 
     def hidden(self, rows: Tensor) -> Tensor:
         """[M, D]: the hidden states of the given rows (int64 [M]), in the dtype in which they are kept."""
-        starts = torch.tensor([0, *map(len, self.parts)]).cumsum(0)[:-1]
-        part_of = torch.bucketize(rows, starts, right=True) - 1
+        first_rows = torch.tensor([0, *map(len, self.parts)]).cumsum(0)[:-1]
+        part_of = torch.bucketize(rows, first_rows, right=True) - 1
         found = self.parts[0].new_empty(len(rows), self.parts[0].shape[1])
         for number in part_of.unique().tolist():
             here = part_of == number
-            found[here] = self.parts[number].index_select(0, rows[here] - starts[number])
+            found[here] = self.parts[number].index_select(0, rows[here] - first_rows[number])
         return found
 
 
@@ -68,6 +68,7 @@ def make_teacher(
     scorer: KeyPartScorer,
     pairs: Sequence[EncodedPair],
     *,
+    planned: Sequence[EncodedPair] = (),
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Teacher:
@@ -79,6 +80,8 @@ def make_teacher(
         folder: where the files go; all processes see it.
         scorer: holds M_{t-1}.
         pairs: the training instances of the step, neighbours sharing their instruction.
+        planned: instances that have gone through a pre-pass into the same folder; those that are trained, too, are
+            read from its files.
         dtype: how hidden states are kept; default: as the model computes them. ``torch.bfloat16`` halves float32 files
             and moves every number by 1/256 of itself at most; gains stay as they are. On real tasks
             (``pytest tests/test_teacher_bf16.py``) the mean divergence is off by 1e-6 bits, even while M_t still is
@@ -101,8 +104,8 @@ def make_teacher(
     head_path = folder / f"head-{_hash(model, *head)}.safetensors"
     if head and rank() == 0 and not head_path.exists():
         _save(head_path, head)
-    offsets = torch.tensor([0, *(len(pair.response_ids) for pair in pairs)]).cumsum(0)
-    parts = _cut(pairs, offsets)
+    known = {_key(pair) for pair in planned}
+    parts = _cut(planned) + _cut([pair for pair in pairs if _key(pair) not in known])
     settings = (model, scorer.alpha, scorer.scored_length, dtype)
     paths = [folder / f"part-{i}-{_hash(*settings, *part)}.safetensors" for i, part in enumerate(parts)]
     mine = range(rank(), len(parts), world())
@@ -115,8 +118,13 @@ def make_teacher(
             _save(paths[i], {"gain": scores.gain, "hidden": hidden})
     wait()
     opened = [_open(path) for path, part in zip(paths, parts) if part]
+    made = [pair for part in parts for pair in part]
+    place = {_key(pair): i for i, pair in enumerate(made)}
+    places = torch.tensor([place[_key(pair)] for pair in pairs])
     gain = torch.cat([part["gain"] for part in opened])
-    return Teacher(gain, offsets, [part["hidden"] for part in opened], **(_open(head_path) if head else {}))
+    return Teacher(
+        gain[places], _offsets(made)[places], [part["hidden"] for part in opened], **(_open(head_path) if head else {})
+    )
 
 
 def model_hash(model: nn.Module) -> str:
@@ -141,10 +149,20 @@ def _trained_head(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(x.detach()).cpu().contiguous() for name, x in both.items() if x is not None and x.requires_grad}
 
 
-def _cut(pairs: Sequence[EncodedPair], offsets: Tensor) -> list[Sequence[EncodedPair]]:
+def _key(pair: EncodedPair) -> tuple[tuple[int, ...], ...]:
+    return tuple(pair.complete_ids), tuple(pair.masked_ids), tuple(pair.response_ids)
+
+
+def _offsets(pairs: Sequence[EncodedPair]) -> Tensor:
+    """int64 [n + 1]: where the response rows of each of n instances begin, and where the last ones end."""
+    return torch.tensor([0, *(len(pair.response_ids) for pair in pairs)]).cumsum(0)
+
+
+def _cut(pairs: Sequence[EncodedPair]) -> list[Sequence[EncodedPair]]:
     """Consecutive parts, equally many for each process, that differ in rows by less than the longest response."""
+    offsets = _offsets(pairs)
     rows = int(offsets[-1])
-    n = max(-(-rows // (PART_ROWS * world())), 1) * world()
+    n = max(-(-rows // (PART_ROWS * world())), bool(pairs)) * world()
     first = torch.searchsorted(offsets[:-1] * n, torch.arange(n) * rows).tolist()
     return [pairs[start:stop] for start, stop in pairwise([*first, len(pairs)])]
 

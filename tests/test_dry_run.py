@@ -17,9 +17,9 @@ from kpig_fast.data.encoding import PromptEncoder
 from kpig_fast.data.schema import make_instance
 from kpig_fast.training import dry_run as module
 from kpig_fast.training.dry_run import dry_run
+from kpig_fast.training.planning import training_arguments
 from kpig_fast.training.run_config import RunConfig
 from kpig_fast.training.sizing import ModelShape
-from kpig_fast.training.stream import training_arguments
 from kpig_fast.training.trainer import KPIGTrainer
 
 RATE = 1e9

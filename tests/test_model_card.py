@@ -15,8 +15,8 @@ from kpig_fast.evaluation.evaluate import EvaluationResult
 from kpig_fast.evaluation.runs import StepMetrics
 from kpig_fast.evaluation.tables import TaskResult
 from kpig_fast.training.model_card import model_card, write_model_card
+from kpig_fast.training.planning import training_arguments
 from kpig_fast.training.run_config import RunConfig
-from kpig_fast.training.stream import training_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNT = [["sort"], ["count", "greet"]]

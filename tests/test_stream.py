@@ -10,12 +10,14 @@ from safetensors.torch import load_file
 from small_run import TASKS, collection, config_values
 from transformers import AutoModelForCausalLM
 
+from kpig_fast import KeyPartScorer
 from kpig_fast.evaluation.evaluate import read_predictions
 from kpig_fast.evaluation.half_listening import score_obedience
 from kpig_fast.evaluation.runs import UNTRAINED, is_complete, mark_complete, read_run, step_folder
 from kpig_fast.method.replay import ReplayPlan
 from kpig_fast.training.checkpoints import mean_loss, newest_checkpoint
-from kpig_fast.training.run_config import RunConfig
+from kpig_fast.training.data import load_data
+from kpig_fast.training.run_config import DataConfig, RunConfig
 from kpig_fast.training.stream import Stream
 
 
@@ -73,6 +75,35 @@ def test_plans_replay_the_least_gain_with_the_model_of_the_step_before(finished,
     before = AutoModelForCausalLM.from_pretrained(step_folder(finished, 1) / "model")
     stream.model.load_state_dict(before.state_dict())
     assert stream.planner.plan(2).to_json() == plan.to_json()
+
+
+def test_the_prepass_reads_what_the_plan_has_scored(small_folder, tmp_path, monkeypatch):
+    scored = []
+    score_pairs = KeyPartScorer.score_pairs
+    monkeypatch.setattr(
+        KeyPartScorer,
+        "score_pairs",
+        lambda self, x, **options: (scored.append(len(x)), score_pairs(self, x, **options))[1],
+    )
+    stream = open_stream(small_folder, tmp_path / "run")
+    stream.run()
+    # Two drawn instances of each earlier task for the plan, and then six new ones.
+    assert [n for n in scored if n] == [6, 2, 6, 4, 6]
+    assert read_run(tmp_path / "run")[-1].training["replayed_instances"] == 2
+
+
+def test_the_config_says_what_is_seen_and_held_out(small_folder, tmp_path):
+    values = config_values(small_folder, tmp_path)["data"]
+    roles = {"seen": ["shout", "copy"], "held_out": ["first"]}
+    chosen, _ = load_data(DataConfig(**{**values, **roles}))
+    assert {role: chosen.names(role) for role in roles} == roles
+    assert {row.task for row in chosen.rows} == {"shout", "copy", "first"}
+    only, _ = load_data(DataConfig(**{**values, "seen": ["shout"]}))
+    assert (only.names("seen"), only.names("held_out")) == (["shout"], [])
+    moved, _ = load_data(DataConfig(**{**values, "held_out": ["copy"]}))
+    assert (moved.names("seen"), moved.names("held_out")) == (["shout", "first"], ["copy", "last"])
+    with pytest.raises(ValueError, match="unknown task 'shuot'; known tasks: copy, shout"):
+        load_data(DataConfig(**{**values, "seen": ["shuot"]}))
 
 
 def test_the_final_model_loads_plainly(finished):

@@ -1,6 +1,7 @@
 """What is kept of the frozen model, by one process or by several: its gains, hidden states and head, and no others."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_gains_and_hidden_states_are_the_scorers(scorer: KeyPartScorer, pairs: l
     assert torch.equal(teacher.gain, scores.gain)
     assert float(teacher.gain[2]) == 0.0
     assert float(teacher.gain[:2].abs().min()) > 0
-    assert teacher.offsets.tolist() == OFFSETS
+    assert teacher.starts.tolist() == OFFSETS[:-1]
     assert torch.equal(every_row(teacher), torch.cat(scores.hidden))
     assert names(tmp_path) == ["head", "part-0"]
 
@@ -53,6 +54,22 @@ def test_parts_are_one_teacher(
     scores = scorer.score_pairs(pairs, keep_hidden=True)
     torch.testing.assert_close(teacher.gain, scores.gain, rtol=0, atol=1e-6)
     torch.testing.assert_close(every_row(teacher), torch.cat(scores.hidden), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_plan_has_gone_through_is_read(
+    scorer: KeyPartScorer, pairs: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = scorer.encoder.encode_all([replace(INSTANCES[0], context="Is 9 even?"), INSTANCES[1]])
+    make_teacher(tmp_path, scorer, planned)
+    asked: list[EncodedPair] = []
+    score_pairs = scorer.score_pairs
+    monkeypatch.setattr(scorer, "score_pairs", lambda x, **options: (asked.extend(x), score_pairs(x, **options))[1])
+    teacher = make_teacher(tmp_path, scorer, pairs, planned=planned)
+    assert asked == [pairs[0], pairs[2]]
+    scores = score_pairs(pairs, keep_hidden=True)
+    torch.testing.assert_close(teacher.gain, scores.gain, rtol=0, atol=1e-6)
+    for start, hidden in zip(teacher.starts.tolist(), scores.hidden):
+        torch.testing.assert_close(teacher.hidden(start + torch.arange(len(hidden))), hidden, rtol=1e-4, atol=1e-5)
 
 
 def test_hidden_states_and_head_give_the_old_distributions(scorer: KeyPartScorer, pairs: list, tmp_path: Path) -> None:
@@ -80,7 +97,7 @@ def test_parts_are_balanced_and_in_order(lengths: list[int], most: int, processe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PART_ROWS", most)
         patch.setattr(module, "world", lambda: processes)
-        parts = module._cut(pairs, torch.tensor([0, *lengths]).cumsum(0))
+        parts = module._cut(pairs)
     assert [pair for part in parts for pair in part] == pairs
     assert len(parts) % processes == 0
     share = min(most, sum(lengths) / processes)
@@ -93,7 +110,7 @@ def test_an_empty_response_has_no_rows(tmp_path: Path) -> None:
     scorer = KeyPartScorer(make_model("llama", vocab_size=len(TOKENIZER)), TOKENIZER, end_of_sequence=False)
     pairs = scorer.encoder.encode_all([INSTANCES[0], Instance("Say nothing.", ""), INSTANCES[1]])
     teacher = make_teacher(tmp_path, scorer, pairs)
-    assert teacher.offsets.tolist() == [0, 4, 4, 14]
+    assert teacher.starts.tolist() == [0, 4, 4]
     assert float(teacher.gain[1]) == 0.0
     nothing = make_teacher(tmp_path, scorer, pairs[1:2])
     assert every_row(nothing).shape == (0, 32)

@@ -33,7 +33,7 @@ class Both:
 
     @property
     def rows(self) -> Tensor:
-        return torch.arange(int(self.exact.offsets[-1]))
+        return torch.arange(sum(map(len, self.exact.parts)))
 
     @property
     def head(self) -> Tensor:
@@ -42,7 +42,8 @@ class Both:
 
     @property
     def beta(self) -> Tensor:
-        return temperature(self.exact.gain).repeat_interleave(self.exact.offsets.diff()).float()
+        lengths = torch.tensor([len(pair.response_ids) for pair in self.pairs])
+        return temperature(self.exact.gain).repeat_interleave(lengths).float()
 
     @property
     def shift(self) -> Tensor:

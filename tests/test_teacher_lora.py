@@ -14,6 +14,7 @@ import torch
 from families import make_model, worst_gradient_error
 from peft import LoraConfig, get_peft_model
 from separate import score_apart
+from teacher_cases import every_row
 from torch import Tensor, nn
 from torch.func import functional_call
 from training_cases import INSTANCES, TOKENIZER, Recorded, config, weights
@@ -153,7 +154,7 @@ def two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_the_teacher_is_base_and_adapter_after_the_step_before(two: TwoSteps) -> None:
-    found = two.teacher.hidden(torch.arange(int(two.teacher.offsets[-1]))).double()
+    found = every_row(two.teacher).double()
     exact = two.last_hidden(two.adapter)
     assert float((found - exact).norm() / exact.norm()) < 1e-6
     for other in ({}, only_lora(two.watch.weights[1])):

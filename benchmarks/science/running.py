@@ -30,9 +30,23 @@ class Job:
     settings: Settings
 
     @property
+    def config_path(self) -> Path:
+        """The file that the run is started with."""
+        return self.folder.with_suffix(".yaml")
+
+    @property
+    def config(self) -> str:
+        """What it holds."""
+        return dump_run_config(load_run_config(self.stream, {**self.settings, "output_dir": str(self.folder)}))
+
+    @property
     def finished(self) -> bool:
-        """Whether the run has ended well."""
-        return (self.folder / FINISHED).exists()
+        """Whether the run has ended well. Raises SystemExit where it is a run of other settings."""
+        if not (self.folder / FINISHED).exists():
+            return False
+        if self.config_path.read_text("utf-8").rstrip("\n") != self.config.rstrip("\n"):
+            raise SystemExit(f"{self.folder} is a run of other settings; delete it, or choose another folder by --runs")
+        return True
 
 
 def run_all(jobs: Sequence[Job], processes: int) -> None:
@@ -48,11 +62,10 @@ def run_all(jobs: Sequence[Job], processes: int) -> None:
 
 
 def _run(job: Job) -> None:
-    config = load_run_config(job.stream, {**job.settings, "output_dir": str(job.folder)})
-    path, log = job.folder.with_suffix(".yaml"), job.folder.with_suffix(".log")
-    write_lines(path, [dump_run_config(config).rstrip("\n")])
+    log = job.folder.with_suffix(".log")
+    write_lines(job.config_path, [job.config.rstrip("\n")])
     started = time.perf_counter()
-    command = [sys.executable, "-m", "kpig_fast.cli", "train", str(path), "--quiet"]
+    command = [sys.executable, "-m", "kpig_fast.cli", "train", str(job.config_path), "--quiet"]
     with log.open("a") as file:
         code = subprocess.call(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if code:

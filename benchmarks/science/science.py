@@ -21,6 +21,7 @@ import yaml
 from experiments import (
     ARMS,
     CHOICES,
+    FOLDS,
     HERE,
     OURS,
     SEEDS,
@@ -35,6 +36,7 @@ from tables import write_comparison, write_sensitivity
 
 from kpig_fast.data.files import write_lines
 from kpig_fast.evaluation.runs import read_run
+from kpig_fast.training.data import load_data
 from kpig_fast.training.run_config import load_run_config
 
 CHOSEN, SELECTION = "chosen.yaml", "selection.csv"
@@ -42,21 +44,28 @@ CHOSEN, SELECTION = "chosen.yaml", "selection.csv"
 
 def select(stream: str, runs: Path, results: Path, processes: int, seeds: Sequence[int] = SELECTION_SEEDS) -> None:
     """Choose the values of ``CHOICES`` and write what was chosen, and every figure that led to it."""
+    resolved = load_run_config(HERE / f"{stream}.yaml", STREAMS[stream])
+    tasks = load_data(resolved.data)[0].names("seen")
     chosen: dict[str, dict[str, Any]] = {}
     rows: list[list[Any]] = []
     for arm, (name, values) in CHOICES.items():
         settings = {**_settings(arm, chosen), "evaluation.split": "validation", "evaluation.half_listening": 0}
         grid = list(product(values, seeds))
         jobs = [
-            _job(stream, runs / "select" / arm / f"{value}" / f"seed-{seed}", {**settings, name: value, "seed": seed})
+            _job(
+                stream,
+                runs / "select" / arm / f"{value}" / f"seed-{seed}",
+                {**settings, **_fold(tasks, seed), name: value, "seed": seed},
+            )
             for value, seed in grid
         ]
         run_all(jobs, processes)
         rows += [[arm, name, value, seed, *_goodness(job)] for (value, seed), job in zip(grid, jobs)]
         means = {value: fmean(row[-1] for row in rows if row[0] == arm and row[2] == value) for value in values}
         chosen["all" if arm == "sft" else arm] = {name: max(means, key=means.__getitem__)}
+    header = ["arm", "setting", "value", "seed", "P trained", "V trained", "P withheld", "V withheld", "goodness"]
     with (results / SELECTION).open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["arm", "setting", "value", "seed", "P", "V", "P-V"], *rows])
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
     write_lines(results / CHOSEN, [yaml.safe_dump(chosen, sort_keys=False).rstrip("\n")])
     print(f"wrote {results / CHOSEN}: {chosen}")
 
@@ -112,12 +121,19 @@ def _settings(arm: str, chosen: Any) -> dict[str, Any]:
     return {**ARMS[arm], **chosen.get("all", {}), **chosen.get(ARMS[arm]["strategy"], {})}
 
 
-def _goodness(job: Job) -> tuple[float, float, float]:
-    """P, V and P - V of the seen tasks after the last step."""
-    scores = read_run(job.folder)[-1].scores("seen")
-    assert scores.p is not None
-    assert scores.v is not None
-    return scores.p, scores.v, scores.p - scores.v
+def _fold(tasks: Sequence[str], seed: int) -> Settings:
+    """Withhold a third of the seen tasks, another third by every seed that follows."""
+    withheld = tasks[seed % FOLDS :: FOLDS]
+    return {"data.seen": [task for task in tasks if task not in withheld], "data.held_out": withheld}
+
+
+def _goodness(job: Job) -> list[float]:
+    """P and V of the trained and of the withheld tasks after the last step, and the mean of both P - V."""
+    last = read_run(job.folder)[-1]
+    trained, withheld = last.scores("seen"), last.scores("held_out")
+    figures = [trained.p, trained.v, withheld.p, withheld.v]
+    p, v, other_p, other_v = (figure for figure in figures if figure is not None)
+    return [p, v, other_p, other_v, (p - v + other_p - other_v) / 2]
 
 
 def _chosen(results: Path) -> Any:

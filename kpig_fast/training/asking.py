@@ -30,9 +30,9 @@ from kpig_fast.evaluation.runs import (
 from kpig_fast.evaluation.served import ask_served
 from kpig_fast.training.data import load_data
 from kpig_fast.training.placement import load_model
-from kpig_fast.training.planning import make_steps
+from kpig_fast.training.planning import make_steps, training_arguments
 from kpig_fast.training.run_config import RunConfig, dump_run_config
-from kpig_fast.training.stream import DATA_HASH_FILE, DATA_REPORT_FILE, check_unchanged, data_hash, training_arguments
+from kpig_fast.training.stream import DATA_HASH_FILE, DATA_REPORT_FILE, check_unchanged, data_hash
 
 ANSWERS_FOLDER = "answers"
 

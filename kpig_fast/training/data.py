@@ -19,11 +19,12 @@ def load_data(config: DataConfig, *, progress: bool = False) -> tuple[TaskCollec
         FileNotFoundError: a file is absent.
     """
     if config.source == "suite":
-        collection = bundled_suite(n_train=config.n_train or 200)
+        collection = bundled_suite(n_train=config.n_train or 200).with_roles(config.seen, config.held_out)
         return collection, ValidationReport(kept=len(collection.rows))
     path = Path(config.path or "")
     if config.source == "folder":
-        return load_collection(path, strict=config.strict, progress=progress)
+        collection, report = load_collection(path, strict=config.strict, progress=progress)
+        return collection.with_roles(config.seen, config.held_out), report
     return load_natural_instructions(
         path,
         side_file=list(config.side_files),

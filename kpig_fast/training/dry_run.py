@@ -28,11 +28,10 @@ from kpig_fast.training.config import KPIGConfig
 from kpig_fast.training.data import load_data
 from kpig_fast.training.forecast import Forecast, StepSize, TreeSize
 from kpig_fast.training.placement import with_adapter
-from kpig_fast.training.planning import Planner, make_steps
+from kpig_fast.training.planning import Planner, make_steps, training_arguments
 from kpig_fast.training.run_config import RunConfig
 from kpig_fast.training.sizing import ModelShape, Setup, flops_per_step, forward_flops, memory
 from kpig_fast.training.strategies.chance import nothing
-from kpig_fast.training.stream import training_arguments
 from kpig_fast.tree.model import position_limit
 
 # More rows make a product no faster, only longer.

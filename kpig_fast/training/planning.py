@@ -7,8 +7,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,12 +25,15 @@ from kpig_fast.method.replay import Draw, ReplayPlan, assign_instructions, draw
 from kpig_fast.processes import gather, is_sharded, rank, share, wait
 from kpig_fast.scorer import KeyPartScorer
 from kpig_fast.teacher import model_hash
+from kpig_fast.training.config import KPIGConfig
 from kpig_fast.training.embedding import embed, load_embedder
 from kpig_fast.training.penalty import QuadraticPenalty, fisher_information
 from kpig_fast.training.run_config import RunConfig
 from kpig_fast.training.strategies import STRATEGIES, PlanRequest, Strategy
+from kpig_fast.training.trainer import run_prepass
 
 FISHER_FILE = "fisher.safetensors"
+TRAINER_FOLDER = "trainer"
 
 
 def make_steps(collection: TaskCollection, config: RunConfig) -> list[list[str]]:
@@ -71,6 +77,22 @@ def chosen_strategy(config: RunConfig) -> Strategy:
     if "masks" in config.ablate:
         strategy = replace(strategy, plan=STRATEGIES["entropy"].plan)
     return replace(strategy, distils=strategy.distils and "divergence" not in config.ablate)
+
+
+def training_arguments(config: RunConfig, folder: Path, step: int) -> KPIGConfig:
+    """The Trainer's arguments for one step, which writes to ``folder``."""
+    defaults = {"report_to": "none", "save_total_limit": 2, "dataloader_pin_memory": torch.cuda.is_available()}
+    given: dict[str, Any] = {**defaults, **config.training}
+    if given["save_total_limit"] == 1:
+        raise ValueError(
+            "training.save_total_limit is 1: the last whole checkpoint would be deleted before the next one is whole; "
+            "give 2 or more"
+        )
+    if not chosen_strategy(config).distils:
+        given["lam"] = 0.0
+    if "temperature" in config.ablate:
+        given["fixed_temperature"] = 1.0
+    return KPIGConfig(output_dir=str(folder), seed=config.seed + step, disable_tqdm=True, **given)
 
 
 @dataclass
@@ -125,7 +147,7 @@ class Planner:
             new=tuple(self.steps[step]),
             pool=self._pool,
             draw=lambda task, n: self._draw(task, step, n),
-            gains=lambda drawn: self.gains([self._instance(one) for one in drawn]),
+            gains=lambda drawn: self._gains(step, [self._instance(one) for one in drawn]),
             entropies=lambda drawn: self._entropies([self._instance(one) for one in drawn]),
             embed=self._embed,
         )
@@ -139,6 +161,10 @@ class Planner:
             wordings = assign_instructions(name, ids, len(self._pool(name)), seed=self.config.seed, step=step)
             instances += [self._instance(Draw(name, row, wording)) for row, wording in zip(ids, wordings)]
         return instances + [self._instance(one) for one in plan.replayed]
+
+    def planned(self, plan: ReplayPlan) -> list[Instance]:
+        """What the gains of a plan were measured on; the pre-pass of its step need not go through it again."""
+        return [self._instance(one) for one in plan.drawn] if plan.gains else []
 
     def validation(self, step: int) -> list[Instance]:
         """The validation rows of a step's tasks, with the first wording.
@@ -158,6 +184,14 @@ class Planner:
         """Information gain of every instance with the model as it is now; several processes share the work."""
         scores = self.scorer.score(share(instances), progress=self.progress and bool(instances))
         return gather(scores.gain.tolist())
+
+    def _gains(self, step: int, instances: Sequence[Instance]) -> list[float]:
+        args = training_arguments(self.config, step_folder(self.config.output_dir, step) / TRAINER_FOLDER, step)
+        if not instances or args.lam == 0:
+            return self.gains(instances)
+        # What is replayed needs its hidden states, too.
+        pairs = self.scorer.encoder.encode_all(instances)
+        return run_prepass(args, self.scorer, pairs, progress=self.progress).gain.tolist()
 
     def penalty(self, step: int) -> QuadraticPenalty | None:
         """What leaving M_{t-1} costs; the first step has nothing to forget."""

@@ -44,7 +44,8 @@ class DataConfig(_Section):
     ``natural_instructions`` (task files at ``path``, key parts or instruction pools from ``side_files``).
     ``n_train``: training rows of a task at most. ``n_test``: leading rows of a task file that are test rows, and
     ``n_validation``: the rows behind them that are validation rows.
-    ``seen``, ``held_out``: names of tasks, where the files do not say. ``strict``: stop at the first bad row.
+    ``seen``, ``held_out``: names of tasks; they go before what the files say, and with ``seen`` no others are used.
+    ``strict``: stop at the first bad row.
     """
 
     source: Literal["suite", "folder", "natural_instructions"] = "suite"

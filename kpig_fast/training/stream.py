@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
@@ -42,11 +41,10 @@ from kpig_fast.evaluation.runs import (
 from kpig_fast.method.replay import ReplayPlan
 from kpig_fast.processes import main_first, rank, wait
 from kpig_fast.training.checkpoints import StepKeeper, delete_checkpoints, mean_loss, newest_checkpoint
-from kpig_fast.training.config import KPIGConfig
 from kpig_fast.training.data import load_data
 from kpig_fast.training.model_card import write_model_card
 from kpig_fast.training.placement import is_partitioned, load_again, load_model, save_model
-from kpig_fast.training.planning import Planner, check_launch, chosen_strategy, make_steps
+from kpig_fast.training.planning import TRAINER_FOLDER, Planner, check_launch, make_steps, training_arguments
 from kpig_fast.training.progress import StepProgress
 from kpig_fast.training.run_config import RunConfig, dump_run_config
 from kpig_fast.training.trainer import TEACHER_FOLDER, KPIGTrainer, make_scorer
@@ -54,7 +52,7 @@ from kpig_fast.tree.model import position_limit
 
 DATA_REPORT_FILE, DATA_HASH_FILE = "data_report.txt", "data.sha256"
 LOG_FILE, TRAINING_FILE = "log.jsonl", "training.json"
-MODEL_FOLDER, TRAINER_FOLDER = "model", "trainer"
+MODEL_FOLDER = "model"
 
 
 def _nothing(_: Path) -> None:
@@ -221,6 +219,7 @@ class Stream:
             self.planner.instances(step, plan),
             self.tokenizer,
             eval_dataset=None if args.eval_strategy == "no" else self.planner.validation(step),
+            planned=self.planner.planned(plan),
             progress=self.progress,
         )
         trainer.penalty = self.planner.penalty(step)
@@ -297,22 +296,6 @@ class Stream:
 
     def _n_complete(self) -> int:
         return sum(is_complete(step_folder(self.config.output_dir, i)) for i in range(len(self.steps)))
-
-
-def training_arguments(config: RunConfig, folder: Path, step: int) -> KPIGConfig:
-    """The Trainer's arguments for one step, which writes to ``folder``."""
-    defaults = {"report_to": "none", "save_total_limit": 2, "dataloader_pin_memory": torch.cuda.is_available()}
-    given: dict[str, Any] = {**defaults, **config.training}
-    if given["save_total_limit"] == 1:
-        raise ValueError(
-            "training.save_total_limit is 1: the last whole checkpoint would be deleted before the next one is whole; "
-            "give 2 or more"
-        )
-    if not chosen_strategy(config).distils:
-        given["lam"] = 0.0
-    if "temperature" in config.ablate:
-        given["fixed_temperature"] = 1.0
-    return KPIGConfig(output_dir=str(folder), seed=config.seed + step, disable_tqdm=True, **given)
 
 
 def end_tracking(trackers: Iterable[str]) -> None:

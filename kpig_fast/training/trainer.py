@@ -53,6 +53,20 @@ def make_scorer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: KPIG
     )
 
 
+def run_prepass(
+    args: KPIGConfig,
+    scorer: KeyPartScorer,
+    pairs: Sequence[EncodedPair],
+    *,
+    planned: Sequence[EncodedPair] = (),
+    progress: bool = False,
+) -> Teacher:
+    """The pre-pass into ``args.output_dir``, as ``make_teacher`` describes it."""
+    folder = Path(str(args.output_dir)) / TEACHER_FOLDER
+    dtype = None if args.teacher_dtype is None else getattr(torch, args.teacher_dtype)
+    return make_teacher(folder, scorer, pairs, planned=planned, dtype=dtype, progress=progress)
+
+
 class KPIGTrainer(Trainer):
     """Trains one time step: cross-entropy on the complete instances, divergence on the masked ones.
 
@@ -65,6 +79,8 @@ class KPIGTrainer(Trainer):
         train_dataset: instances, or rows in any form that ``as_instance`` takes.
         processing_class: the model's tokenizer.
         eval_dataset: instances whose loss ``evaluate`` measures, as often as ``args.eval_strategy`` says.
+        planned: instances that have gone through ``run_prepass`` with these arguments, such as to choose among them;
+            those that are trained, too, do not go through another.
         progress: show bars of the pre-pass; default: unless ``args.disable_tqdm``.
         kwargs: everything else that ``transformers.Trainer`` takes, but its ``data_collator``.
 
@@ -85,6 +101,7 @@ class KPIGTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         *,
         eval_dataset: Sequence[Instance | Mapping[str, Any]] | None = None,
+        planned: Sequence[Instance] = (),
         progress: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -106,6 +123,7 @@ class KPIGTrainer(Trainer):
         self.progress = not args.disable_tqdm if progress is None else progress
         instances = [as_instance(row) for row in train_dataset]
         self.pairs = self._encode(instances)
+        self.planned = self.scorer.encoder.encode_all(planned, progress=self.progress)
         self.eval_pairs = self._encode([as_instance(row) for row in eval_dataset]) if eval_dataset is not None else []
         self.teacher: Teacher | None = None
         # How long making it took, wall time.
@@ -127,9 +145,7 @@ class KPIGTrainer(Trainer):
 
     def prepare_teacher(self) -> Teacher:
         """The pre-pass of the model as it is now; parts of an equal one in ``output_dir`` are used again."""
-        folder = Path(str(self.args.output_dir)) / TEACHER_FOLDER
-        dtype = None if self.args.teacher_dtype is None else getattr(torch, self.args.teacher_dtype)
-        return make_teacher(folder, self.scorer, self.pairs, dtype=dtype, progress=self.progress)
+        return run_prepass(self.args, self.scorer, self.pairs, planned=self.planned, progress=self.progress)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Make the teacher (unless ``lam`` is 0), then train as ``transformers.Trainer.train`` does."""
@@ -156,7 +172,7 @@ class KPIGTrainer(Trainer):
                 yield TrainingExample(pair)
             else:
                 beta = self.args.fixed_temperature or temperature(float(self.teacher.gain[i]))
-                yield TrainingExample(pair, beta, int(self.teacher.offsets[i]))
+                yield TrainingExample(pair, beta, int(self.teacher.starts[i]))
 
     def get_train_dataloader(self) -> DataLoader:
         """This process' micro-batches. Accelerate would cut them once more, so it does not see them."""
