@@ -15,6 +15,7 @@ from bench_planning import PREPASS, STEP, Planning, named
 from bench_trainer import COMPUTING, OUTSIDE, OVERHEAD, REST, StepClock
 from transformers import Trainer
 
+from kpig_fast.evaluation.runs import step_folder
 from kpig_fast.method.replay import ReplayPlan
 
 SMALL = ["--quick", "--layers", "1", "--hidden", "32", "--threads", "1"]
@@ -219,8 +220,8 @@ def test_step_trains_the_new_task_and_what_is_replayed(planned: Planning, tmp_pa
     made = p.trainer(tmp_path / "run")
     assert made.args.train_batch_size == 48
     assert len(made.pairs) == 3 + 8 * 2
-    assert made.pairs[3:] == made.planned
-    teacher = tmp_path / "run/step-01/trainer/teacher"
+    assert all(pair in made.planned for pair in made.pairs[3:])
+    teacher = step_folder(tmp_path / "run", 1) / "trainer" / "teacher"
     (of_the_plan,) = teacher.glob("part-*")
     before = {name: x.clone() for name, x in p.model.state_dict().items()}
     made.train()
