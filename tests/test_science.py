@@ -38,4 +38,4 @@ def test_kpig_keeps_more_of_what_was_learnt(results: Path) -> None:
 def test_the_tables_have_every_arm(results: Path) -> None:
     table = (results / "paper.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == ["untrained", "sft", "kpig"]
-    assert {"gain.png", "comparison.md", "comparison.json"} <= {path.name for path in results.iterdir()}
+    assert {"gain.png", "comparison.md"} <= {path.name for path in results.iterdir()}

@@ -62,6 +62,16 @@ def test_rows_per_split(name):
     assert len(suite.tasks[name].demonstrations) == 2 * held_out
 
 
+@pytest.mark.parametrize("name", [name for name, task in SUITE.tasks.items() if task.constraints.labels])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_one_answer_to_all_gets_chance(name, split):
+    labels = SUITE.tasks[name].constraints.labels
+    answers = [row.outputs[0] for row in SUITE.of_task(name, split)]
+    turns = min(answers.count(label) for label in labels)
+    assert turns > 1
+    assert answers[: turns * len(labels)] == [*labels] * turns
+
+
 def test_ids_are_unique_and_empty_splits_are_allowed():
     assert len({row.id for row in SUITE.rows}) == len(SUITE.rows)
     assert bundled_suite(n_train=0, n_validation=0, n_test=0).rows == ()

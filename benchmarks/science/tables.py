@@ -1,11 +1,13 @@
 """Tables and figures of finished runs, over what ``kpig eval`` makes of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from experiments import ARMS, OURS
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -31,9 +33,9 @@ PAPER = {
 
 
 def write_comparison(runs: Mapping[str, Path], results: Path) -> None:
-    """Write the files of ``kpig eval`` against kpig, the paper-shaped table and the figure of gain over the steps."""
+    """Write the tables of ``kpig eval`` against kpig, the paper-shaped one and the figure of gain over the steps."""
     comparison = compare_runs(open_runs(runs), baseline=OURS, progress=True)
-    comparison.write(results)
+    _write_scores(comparison, results / "scores.csv")
     write_lines(results / "comparison.md", [all_tables(comparison)])
     table = [["", *PAPER], _line("untrained", [row for row in comparison.scores if row.step == UNTRAINED and row.run])]
     table += [_line(arm, [row for row in comparison.final() if row.arm == arm]) for arm in comparison.arms]
@@ -52,7 +54,7 @@ def write_sensitivity(runs: Mapping[str, Path], points: Mapping[str, Sequence[Po
         results: folder to write to.
     """
     comparison = compare_runs(open_runs(runs), progress=True)
-    write_lines(results / "sensitivity.csv", comparison.to_csv().splitlines())
+    _write_scores(comparison, results / "sensitivity.csv")
     last = max(row.step for row in comparison.scores)
     rows = [row for row in comparison.scores if row.run and row.level == "role" and row.step == last]
     settings = list(dict.fromkeys(setting for some in points.values() for setting, _ in some))
@@ -64,6 +66,13 @@ def write_sensitivity(runs: Mapping[str, Path], points: Mapping[str, Sequence[Po
     axes[0, 0].legend()
     figure.savefig(results / "sensitivity.png", dpi=130)
     print(f"wrote {results}")
+
+
+def _write_scores(comparison: Comparison, path: Path) -> None:
+    """Write the means over the tasks of a role: of all runs after their last step, of arms after every step."""
+    last = {row.arm: row.step for row in comparison.final()}
+    rows = [row for row in comparison.scores if row.level == "role" and (row.step == last[row.arm] or not row.run)]
+    write_lines(path, replace(comparison, scores=rows).to_csv().splitlines())
 
 
 def _line(name: str, rows: Iterable[ScoreRow]) -> list[str]:
@@ -85,6 +94,7 @@ def _draw_gain(comparison: Comparison, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (role, shown) in zip(axes, ROLES.items()):
+        axis.set_prop_cycle(color=[colormaps["tab20"](number) for number in range(20)])
         for arm in comparison.arms:
             points: dict[int, list[float]] = {}
             for row in comparison.scores:
@@ -93,7 +103,8 @@ def _draw_gain(comparison: Comparison, path: Path) -> None:
             # A run that learns everything at once has no course.
             if arm in ARMS and len(points) > 2:
                 steps = sorted(points)
-                axis.plot(steps, [fmean(points[step]) for step in steps], label=arm)
+                style = "--" if arm.startswith(f"{OURS} -") else "-"
+                axis.plot(steps, [fmean(points[step]) for step in steps], style, label=arm)
         axis.set_title(f"information gain, {shown} tasks, mean over seeds")
         axis.set_xlabel("tasks learnt")
     axes[-1].legend(fontsize="small")

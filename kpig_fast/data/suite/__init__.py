@@ -5,6 +5,7 @@ labels. A model that half-listens answers it the way that the seen task was answ
 """
 
 import random
+from itertools import islice, zip_longest
 
 from kpig_fast.data.schema import Change, Demonstration, Row, Split, Task, TaskCollection
 from kpig_fast.data.suite.tasks import HELD_OUT, SEEN, Design
@@ -22,7 +23,8 @@ def bundled_suite(*, seed: int = 0, n_train: int = 200, n_validation: int = 20, 
         n_validation: validation rows of every task.
         n_test: test rows of every task.
 
-    No context occurs twice in one task, not even in two splits or as a demonstration.
+    No context occurs twice in one task, not even in two splits or as a demonstration. Where a task has labels, its
+    validation and test rows have them in turns: of the first rows, too, one answer to all of them gets chance.
 
     Raises:
         ValueError: a task does not have that many different contexts.
@@ -72,14 +74,20 @@ def _task(design: Design, demonstrations: tuple[Demonstration, ...]) -> Task:
 
 
 def _rows(design: Design, contexts: list[str], sizes: dict[Split, int]) -> list[Row]:
-    places: list[tuple[Split, int]] = [(split, index) for split, size in sizes.items() for index in range(size)]
-    return [
-        Row(
-            task=design.name,
-            id=f"{design.name}-{split}-{index}",
-            context=context,
-            outputs=(design.recipe.answer(context),),
-            split=split,
-        )
-        for context, (split, index) in zip(contexts, places, strict=True)
-    ]
+    drawn, rows = iter(contexts), list[Row]()
+    for split, size in sizes.items():
+        answered = [(context, design.recipe.answer(context)) for context in islice(drawn, size)]
+        if split != "train":
+            answered = _in_turns(answered, design.recipe.labels)
+        for index, (context, answer) in enumerate(answered):
+            name = f"{design.name}-{split}-{index}"
+            rows.append(Row(task=design.name, id=name, context=context, outputs=(answer,), split=split))
+    return rows
+
+
+def _in_turns(answered: list[tuple[str, str]], labels: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Contexts with their answers, those of each label in turns as long as there are some."""
+    if not labels:
+        return answered
+    turns = zip_longest(*([one for one in answered if one[1] == label] for label in labels))
+    return [one for turn in turns for one in turn if one]
