@@ -111,6 +111,9 @@ def test_a_loaded_and_a_served_model_give_the_same_run(small_folder, by_model, t
     loaded, served = read_run(tmp_path / "hf"), read_run(tmp_path / "served")
     assert loaded == served
     assert (loaded[0].step, loaded[0].evaluated[-1], loaded[0].gains) == (-1, "last", {})
+    assert [(one.task, one.n) for one in loaded[0].obedience] == [("shout", 3)]
+    changed = read_predictions(tmp_path / "served" / "untrained" / "half_listening.jsonl")
+    assert all("whisper" in one.prompt for one in changed)
     said = [read_predictions(tmp_path / name / "untrained" / "predictions.jsonl") for name in ("hf", "served")]
     assert [one.answer for one in said[0]] == [one.answer for one in said[1]]
     assert len(said[0]) == 2 * (len(TASKS) + 1)
@@ -153,7 +156,8 @@ def test_a_stopped_command_goes_on_and_a_finished_one_is_read(small_folder, tmp_
         assert not is_complete(run / "untrained")
         server.reply, sent = (lambda *_: completion("a b")), len(server.bodies)
         assert ask(config, run, *arguments) == 0
-        assert len(server.bodies) - sent == 8 - 3
+        # Two rows of each task, and three that show the changed wording, but for the three that were answered.
+        assert len(server.bodies) - sent == 8 + 3 - 3
         sent = len(server.bodies)
         assert ask(config, run, *arguments) == 0
         assert len(server.bodies) == sent

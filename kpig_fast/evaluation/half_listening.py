@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from kpig_fast.data.schema import Constraints, Row, Split, TaskCollection
+from kpig_fast.data.templates import Question
 from kpig_fast.evaluation.evaluate import Prediction, ask, row_name
 from kpig_fast.evaluation.violations import violations
 
@@ -166,19 +167,29 @@ def obedience(
     return {name: 100 * count / len(answers) for name, count in counts.items()}
 
 
-def _questions(
-    collection: TaskCollection, encoder: "PromptEncoder", tasks: Sequence[str], split: Split, limit: int | None
-) -> tuple[list[Row], list[list[int]]]:
-    """The rows that show the change of their task, at most ``limit`` of each of ``tasks``, and the prompt of each."""
-    rows: list[Row] = []
-    prompts: list[list[int]] = []
+def changed_questions(
+    collection: TaskCollection, tasks: Sequence[str], split: Split = "test", limit: int | None = None
+) -> list[tuple[Row, Question]]:
+    """What ``half_listening`` with the same arguments asks: the rows, and the question of each.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    found = []
     for name, task in collection.select(tasks).tasks.items():
         if task.changed is not None:
             asked, wording = task.changed.constraints, task.changed.instruction.text
             showing = [row for row in collection.of_task(name, split) if not _obeys(asked, row.outputs[0], row.context)]
-            rows += showing[:limit]
-            prompts += [encoder.prompt(wording, row.context) for row in showing[:limit]]
-    return rows, prompts
+            found += [(row, Question(wording, row.context)) for row in showing[:limit]]
+    return found
+
+
+def _questions(
+    collection: TaskCollection, encoder: "PromptEncoder", tasks: Sequence[str], split: Split, limit: int | None
+) -> tuple[list[Row], list[list[int]]]:
+    """The rows to ask, and the prompt of each."""
+    asked = changed_questions(collection, tasks, split, limit)
+    return [row for row, _ in asked], [encoder.prompt(*question) for _, question in asked]
 
 
 def _obeys(constraints: Constraints, answer: str, context: str) -> bool:

@@ -1,7 +1,7 @@
 """A model that is not trained here, asked what a run asks: a folder that is compared with runs like any other."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from kpig_fast.data.templates import Question
 from kpig_fast.endpoint import Endpoint
 from kpig_fast.environment import environment
 from kpig_fast.evaluation.evaluate import Prediction, ask, questions, score_predictions
+from kpig_fast.evaluation.half_listening import changed_questions, score_obedience
 from kpig_fast.evaluation.runs import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
+    HALF_LISTENING_FILE,
     PREDICTIONS_FILE,
     UNTRAINED,
     StepMetrics,
@@ -38,7 +40,9 @@ ANSWERS_FOLDER = "answers"
 
 
 def ask_model(config: RunConfig, endpoint: Endpoint | None = None, *, progress: bool = True) -> StepMetrics:
-    """Ask the tasks of all steps and the held-out ones, and keep the answers and figures in ``config.output_dir``.
+    """Ask the tasks of all steps and the held-out ones, and those with a changed wording under it, too.
+
+    Answers and figures are kept in ``config.output_dir``.
 
     The folder is that of a run which has evaluated the untrained model and taken no step. One that is complete is read.
 
@@ -70,39 +74,63 @@ def ask_model(config: RunConfig, endpoint: Endpoint | None = None, *, progress: 
         write_lines(run / name, [text])
     tasks = [name for step in steps for name in step] + collection.names("held_out")
     settings = config.evaluation
+    answer = _loaded(config, progress) if endpoint is None else _served(config, endpoint, progress)
     asked = questions(collection, tasks, settings.split, settings.limit, settings.demonstrations)
-    path = folder / PREDICTIONS_FILE
-    if endpoint is None:
-        predictions = _ask_loaded(config, asked, path, progress)
-    else:
-        predictions = ask_served(
-            replace(endpoint, cache=run / ANSWERS_FOLDER),
-            asked,
-            template=training_arguments(config, run, 0).template,
-            max_new_tokens=settings.max_new_tokens,
-            progress=progress,
-            predictions_path=path,
-        )
-    metrics = StepMetrics(UNTRAINED, "untrained", (), (), score_predictions(predictions, collection), gains={})
+    predictions = answer(asked, folder / PREDICTIONS_FILE)
+    changed = changed_questions(collection, tasks, settings.split, settings.half_listening)
+    answers = answer(changed, folder / HALF_LISTENING_FILE) if changed else []
+    metrics = StepMetrics(
+        step=UNTRAINED,
+        strategy="untrained",
+        tasks=(),
+        replayed=(),
+        evaluation=score_predictions(predictions, collection),
+        gains={},
+        obedience=tuple(score_obedience(answers, collection)),
+    )
     write_metrics(run, metrics)
     mark_complete(folder)
     return metrics
 
 
-def _ask_loaded(
-    config: RunConfig, asked: Sequence[tuple[Row, Question]], path: Path, progress: bool
-) -> list[Prediction]:
+_Answer = Callable[[Sequence[tuple[Row, Question]], Path], list[Prediction]]
+"""Asks questions, and keeps the answers in a file."""
+
+
+def _loaded(config: RunConfig, progress: bool) -> _Answer:
     arguments = training_arguments(config, config.output_dir, 0)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model))
     encoder = PromptEncoder(tokenizer, template=arguments.template)
-    return ask(
-        # Nothing is trained, hence no adapter is wanted.
-        load_model(config.model_copy(update={"lora": None}), None, arguments),
-        tokenizer,
-        [row for row, _ in asked],
-        [encoder.prompt(*question) for _, question in asked],
-        encoder=encoder,
-        max_new_tokens=config.evaluation.max_new_tokens,
-        progress=progress,
-        predictions_path=path,
-    )
+    # Nothing is trained, hence no adapter is wanted.
+    model = load_model(config.model_copy(update={"lora": None}), None, arguments)
+
+    def answer(asked: Sequence[tuple[Row, Question]], path: Path) -> list[Prediction]:
+        return ask(
+            model,
+            tokenizer,
+            [row for row, _ in asked],
+            [encoder.prompt(*question) for _, question in asked],
+            encoder=encoder,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            progress=progress,
+            predictions_path=path,
+        )
+
+    return answer
+
+
+def _served(config: RunConfig, endpoint: Endpoint, progress: bool) -> _Answer:
+    cached = replace(endpoint, cache=config.output_dir / ANSWERS_FOLDER)
+    template = training_arguments(config, config.output_dir, 0).template
+
+    def answer(asked: Sequence[tuple[Row, Question]], path: Path) -> list[Prediction]:
+        return ask_served(
+            cached,
+            asked,
+            template=template,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            progress=progress,
+            predictions_path=path,
+        )
+
+    return answer
