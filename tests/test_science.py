@@ -1,6 +1,7 @@
 """The evidence in short: one seed of the suite's stream, kpig against plain tuning, from the runs to the tables."""
 
 import csv
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("science")
     (folder / "results" / "suite").mkdir(parents=True)
-    (folder / "results" / "suite" / "chosen.yaml").write_text("all: {training.learning_rate: 0.0005}\n")
+    shutil.copy(SCIENCE.parent / "results/science/suite/chosen.yaml", folder / "results" / "suite")
     arms = ["--arms", "sft", "kpig", "--seeds", "0", "--processes", "2"]
     science.main(["compare", "suite", "--runs", str(folder / "runs"), "--results", str(folder / "results"), *arms])
     return folder / "results" / "suite"
