@@ -145,7 +145,9 @@ class KPIGTrainer(Trainer):
 
     def prepare_teacher(self) -> Teacher:
         """The pre-pass of the model as it is now; parts of an equal one in ``output_dir`` are used again."""
-        return run_prepass(self.args, self.scorer, self.pairs, planned=self.planned, progress=self.progress)
+        # DeepSpeed's engine may hold other numbers than those that were planned with.
+        planned = [] if self.is_deepspeed_enabled else self.planned
+        return run_prepass(self.args, self.scorer, self.pairs, planned=planned, progress=self.progress)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Make the teacher (unless ``lam`` is 0), then train as ``transformers.Trainer.train`` does."""
