@@ -35,7 +35,7 @@ PAPER = {
 def write_comparison(runs: Mapping[str, Path], results: Path) -> None:
     """Write the tables of ``kpig eval`` against kpig, the paper-shaped one and the figure of gain over the steps."""
     comparison = compare_runs(open_runs(runs), baseline=OURS, progress=True)
-    _write_scores(comparison, results / "scores.csv")
+    _write_scores(comparison, results / "scores.csv", course=True)
     write_lines(results / "comparison.md", [all_tables(comparison)])
     table = [["", *PAPER], _line("untrained", [row for row in comparison.scores if row.step == UNTRAINED and row.run])]
     table += [_line(arm, [row for row in comparison.final() if row.arm == arm]) for arm in comparison.arms]
@@ -54,7 +54,7 @@ def write_sensitivity(runs: Mapping[str, Path], points: Mapping[str, Sequence[Po
         results: folder to write to.
     """
     comparison = compare_runs(open_runs(runs), progress=True)
-    _write_scores(comparison, results / "sensitivity.csv")
+    _write_scores(comparison, results / "sensitivity.csv", course=False)
     last = max(row.step for row in comparison.scores)
     rows = [row for row in comparison.scores if row.run and row.level == "role" and row.step == last]
     settings = list(dict.fromkeys(setting for some in points.values() for setting, _ in some))
@@ -68,10 +68,14 @@ def write_sensitivity(runs: Mapping[str, Path], points: Mapping[str, Sequence[Po
     print(f"wrote {results}")
 
 
-def _write_scores(comparison: Comparison, path: Path) -> None:
-    """Write the means over the tasks of a role: of all runs after their last step, of arms after every step."""
+def _write_scores(comparison: Comparison, path: Path, *, course: bool) -> None:
+    """Write the means over the tasks of a role after the last step; with the ``course`` of arms after every step."""
     last = {row.arm: row.step for row in comparison.final()}
-    rows = [row for row in comparison.scores if row.level == "role" and (row.step == last[row.arm] or not row.run)]
+    rows = [
+        row
+        for row in comparison.scores
+        if row.level == "role" and (row.step == last[row.arm] or (course and not row.run))
+    ]
     write_lines(path, replace(comparison, scores=rows).to_csv().splitlines())
 
 
