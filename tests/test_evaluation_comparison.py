@@ -87,6 +87,7 @@ def test_half_listening_shares(tmp_path):
     assert 0 < asked.low < 25
     assert 75 < asked.high < 100
     assert asked.n == 8
+    assert [row[0] for row in cells(all_tables(found), "asked by category and task")[1:]][-1] == "seen task a"
     assert "## Half-listening" in summary_tables(found)
     assert "## Half-listening" not in summary_tables(compare_runs([answered(tmp_path / "other")]))
 

@@ -206,8 +206,11 @@ class TaskCollection:
         return TaskCollection({name: self.tasks[name] for name in names}, tuple(r for r in self.rows if r.task in keep))
 
     def with_roles(self, seen: Sequence[str] | None, held_out: Sequence[str] | None) -> "TaskCollection":
-        """The collection with other roles: where ``seen`` is given, the named tasks alone; where only ``held_out`` is,
-        all of them, those named held out. Raises ValueError for an unknown name."""
+        """The collection with other roles.
+
+        Where ``seen`` is given, the named tasks alone; where only ``held_out`` is, all of them, those named held out.
+        Raises ValueError for an unknown name.
+        """
         roles: dict[str, Role] = {**dict.fromkeys(seen or (), "seen"), **dict.fromkeys(held_out or (), "held_out")}
         chosen = self.select(list(roles if seen is not None else {**self.tasks, **roles}))
         tasks = {

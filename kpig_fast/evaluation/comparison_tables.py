@@ -37,7 +37,8 @@ def summary_tables(comparison: Comparison) -> str:
 def all_tables(comparison: Comparison) -> str:
     """``summary_tables``, and a table of every score by category and task."""
     table = _Table(comparison)
-    details = [_section(f"{figure} by category and task", table.by_name(figure)) for figure in ("P", "V", *RATES)]
+    figures = ("P", "V", *RATES, *SHARES)
+    details = [_section(f"{figure} by category and task", table.by_name(figure)) for figure in figures]
     return "\n\n".join(["# Comparison", summary_tables(comparison), *filter(None, details)])
 
 
