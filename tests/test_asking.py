@@ -1,6 +1,7 @@
 """``kpig ask``: a model that is not trained here, asked what a run asks."""
 
 import json
+import threading
 
 import pytest
 import yaml
@@ -94,10 +95,13 @@ def by_model(small_folder):  # noqa: F811
     """A server that answers a completion as the small model does."""
     model = AutoModelForCausalLM.from_pretrained(small_folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(small_folder / "model")
+    # Requests come in several threads, and generation switches the model's attention.
+    alone = threading.Lock()
 
     def reply(_, body):
         prompts = [tokenizer(body["prompt"]).input_ids]
-        return completion(generate_answers(model, tokenizer, prompts, max_new_tokens=body["max_tokens"])[0])
+        with alone:
+            return completion(generate_answers(model, tokenizer, prompts, max_new_tokens=body["max_tokens"])[0])
 
     return reply
 
